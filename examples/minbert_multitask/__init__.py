@@ -1,0 +1,1 @@
+"""minBERT multitask: sentiment, paraphrase and similarity on one small BERT, trained through adapters."""
