@@ -30,7 +30,10 @@ class _OpenCustomOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace in ("aten", "prims", "prim"):
-            return func(*args, **kwargs)
+            # Below autograd, as in a custom operation's body, `matmul` and its like arrive before they are taken apart.
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
         devices = {leaf.device.type.upper() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for backend in _BACKENDS:
             key = getattr(torch._C.DispatchKey, backend)

@@ -16,7 +16,7 @@ def steps_table(cell: Mapping[str, Any]) -> str:
     lines = [
         f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, {commit}, "
         f"{facts['date']}, load {facts['load_average']}; {figures['checks']} checks green",
-        f"medians (20..80 %); x: share of {figures['baseline']}'s time, round by round; ops: forward + backward + optimizer",
+        f"medians (20..80 %); x: share of {figures['baseline']}, pairs of a round; ops: forward+backward+optimizer",
         f"{'candidate':24}{'step ms':>26}{'forward':>9}{'backward':>9}{'optim.':>8}{'x wall':>22}{'x CPU':>22}"
         f"{'GFLOP':>8}{'saved MiB':>10}{'peak MiB':>9}{'ops':>16}{'trained':>12}",
     ]
