@@ -94,7 +94,5 @@ def check_adapters(
         with autocast():
             actual = _run(layer, layer, x, upstream)
             plain = _run(layer, lambda x, layer=layer: specified(x, layer), x, upstream)
-        checks += [
-            compare(f"{name}: {key}: {what}", actual[what], plain[what], oracle[what], dtype=dtype) for what in oracle
-        ]
+        checks += [compare(f"{name}: {key}: {what}", actual[what], plain[what], oracle[what], dtype=dtype) for what in oracle]
     return checks

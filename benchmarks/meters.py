@@ -57,9 +57,7 @@ def _attention_flop(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwar
     return sdpa_flop_count(q_shape, k_shape, v_shape)
 
 
-def _attention_backward_flop(
-    grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any
-) -> int:
+def _attention_backward_flop(grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_backward_flop_count(grad_shape, q_shape, k_shape, v_shape)
 
 

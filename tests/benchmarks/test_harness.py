@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from benchmarks import harness
 from benchmarks.harness import (
     Check,
@@ -23,8 +26,6 @@ from benchmarks.harness import (
     spread,
     write_result,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def test_every_candidate_runs_once_per_round_in_rotated_order():
@@ -132,9 +133,7 @@ def test_machine_tells_changes_from_commits(repository):
 def test_machine_without_a_repository_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert {key: machine()[key] for key in ("commit", "dirty", "changes")} == dict.fromkeys(
-        ("commit", "dirty", "changes")
-    )
+    assert {key: machine()[key] for key in ("commit", "dirty", "changes")} == dict.fromkeys(("commit", "dirty", "changes"))
 
 
 def test_write_result_replaces_the_file_in_one_step(tmp_path, monkeypatch):
@@ -218,9 +217,7 @@ def test_compare_takes_its_budget_from_plain_eager():
 def test_a_green_gate_opens_and_a_red_one_names_what_fails():
     good = Check("good", 1.0, 1.0)
     require_green([good])
-    with pytest.raises(
-        RedGateError, match=r"refusing to print figures: 1 of 2 checks fail.*\n  bad: error 2, budget 1$"
-    ):
+    with pytest.raises(RedGateError, match=r"refusing to print figures: 1 of 2 checks fail.*\n  bad: error 2, budget 1$"):
         require_green([good, Check("bad", 2.0, 1.0)])
     with pytest.raises(RedGateError, match="bad: error nan"):
         require_green([Check("bad", float("nan"), 1.0)])

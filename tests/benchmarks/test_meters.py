@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.meters import Saved, Transient, count_operations, flops, saved_for_backward, transient_bytes
 from torch import Tensor, nn
+
+from benchmarks.meters import Saved, Transient, count_operations, flops, saved_for_backward, transient_bytes
 
 
 class Product(torch.autograd.Function):
