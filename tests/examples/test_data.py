@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -26,6 +26,7 @@ from examples.minbert_multitask.data import (
 from examples.minbert_multitask.files import Problem, parse_line, read_rows, unquote
 from examples.minbert_multitask.tokenizer import SPECIAL, load_tokenizer
 
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 WORDS = ["good", "bad", "film", '"', "a", "?", "the"]
 HEADERS = {
     "sst": "\tid\tsentence\tsentiment",
@@ -127,11 +128,13 @@ def test_quoting_is_undone_layer_by_layer(tmp_path, raw, text):
     assert problems == []
 
 
+@patient
 @given(st.lists(st.text(st.characters(blacklist_characters='\t\r\n\0"', codec="utf-8")), min_size=2, max_size=5))
 def test_fields_without_quotes_are_taken_as_they_stand(fields):
     assert parse_line("\t".join(fields), len(fields)) == fields
 
 
+@patient
 @given(st.text(st.characters(codec="utf-8")))
 def test_unquote_is_stable(text):
     assert unquote(unquote(text)) == unquote(text)
@@ -344,6 +347,7 @@ def test_cross_encoder_leaves_single_sentences_alone():
     assert torch.equal(collate(one, [0, 1], cross_encoder=True).input_ids, collate(one, [0, 1]).input_ids)
 
 
+@patient
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(5, 20))
 def test_the_longer_sentence_is_cut_first(n, m, max_length):
     a, b = list(range(100, 100 + n)), list(range(200, 200 + m))
@@ -376,6 +380,7 @@ def test_batch_moves_to_a_device():
 lengths = st.lists(st.integers(1, 30), min_size=0, max_size=300)
 
 
+@patient
 @given(lengths, st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 5), st.booleans(), st.booleans())
 def test_every_example_is_in_exactly_one_batch(sizes, batch_size, seed, epoch, shuffle, cross):
     data = made([[1] * n for n in sizes], [[1] * (31 - n) for n in sizes])
@@ -389,6 +394,7 @@ def test_every_example_is_in_exactly_one_batch(sizes, batch_size, seed, epoch, s
     assert found == batches(data, batch_size, **options)
 
 
+@patient
 @given(lengths, st.integers(1, 40))
 def test_evaluation_batches_go_from_long_to_short(sizes, batch_size):
     found = batches(made([[1] * n for n in sizes]), batch_size, seed=0, epoch=0, shuffle=False)
