@@ -63,6 +63,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 class RunFolder:
     """A run's folder: its paths, and how its files are read and written."""
 
@@ -72,8 +76,8 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def create(self, settings: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Start a new run here.
+    def check_free(self) -> None:
+        """Make sure that a new run can start here.
 
         Raises:
             FileExistsError: If the folder already holds a run or anything else.
@@ -82,10 +86,19 @@ class RunFolder:
             raise FileExistsError(
                 f"{self.path} already holds a run; add --resume to go on with it, or choose another --output"
             )
-        if self.path.exists() and any(p for p in self.path.iterdir() if not p.name.endswith(".tmp")):
+        if self.path.exists() and any(not _is_leftover(p) for p in self.path.iterdir()):
             raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --output")
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def create(self, settings: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Start a new run here; FileExistsError if the folder is not free."""
+        self.check_free()
         write_json(self / SETTINGS, {"settings": settings, "environment": environment})
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of a process that was killed while it wrote them."""
+        for path in self.path.iterdir():
+            if _is_leftover(path):
+                path.unlink()
 
     def read_settings(self) -> dict[str, Any]:
         """The settings that the run was started with.

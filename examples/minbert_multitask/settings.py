@@ -6,15 +6,14 @@ import argparse
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 import peftlite
 
-from .heads import HEADS
-from .schedule import LR_SCHEDULES, SAMPLINGS
-from .tasks import SST_LOSSES, STS_LOSSES, find_task
+from examples.minbert_multitask.heads import HEADS
+from examples.minbert_multitask.schedule import LR_SCHEDULES, SAMPLINGS
+from examples.minbert_multitask.tasks import SST_LOSSES, STS_LOSSES, find_task
 
 ATTENTION = ("query", "key", "value")
 # Patterns rather than "all-linear", since that would take in a pooler; the pooler and the heads are never adapted.
@@ -59,6 +58,7 @@ class Settings:
     alpha: float | None = _option(None, "scale of the adapters is alpha / rank; default: rank")
     targets: str = _option("all-linear", "attn (query, key, value), all-linear (the six of each layer), or names")
     dropout: float = _option(0.0, "dropout before the adapters")
+    backbone_dropout: float | None = _option(None, "dropout inside the BERT; default: that of its config.json")
     backbones: int = _option(1, "1: one BERT for all tasks; 2: one for sentiment, one for pairs")
     pooling: str = _option("mean", "sentence vector: mean over tokens, or the first token (cls)")
     cross_encoder: bool = _option(False, "read both sentences of a pair as one sequence")
@@ -150,9 +150,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{_flag(name)} must be above 0, got {value}")
-        for name in ("dropout", "head_dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("dropout", "head_dropout", "backbone_dropout", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{_flag(name)} must be in [0, 1), got {value}")
         for name in ("patience", "eval_limit", "clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)}")
@@ -167,9 +168,6 @@ class Settings:
             head_lr=self.head_lr if self.head_lr is not None else 1e-3,
             device=device,
             threads=self.threads if self.threads is not None else torch.get_num_threads(),
-            # An absolute path, so that the run can be evaluated from any folder
-            data=self.data if self.data == "sample" else str(Path(self.data).resolve()),
-            weights=str(Path(self.weights).resolve()) if Path(self.weights).is_dir() else self.weights,
         )
 
 
