@@ -11,18 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from examples.minbert_multitask.model import BertModel
+from examples.minbert_multitask.weights import load_bert
 from torch import Tensor
 
 import peftlite
-
 from examples.minbert_multitask.evaluate import load_data, load_run, run_options, scores, task_outputs, token_cache
-from examples.minbert_multitask.model import BertModel
 from examples.minbert_multitask.network import MultitaskBert
 from examples.minbert_multitask.predict import PREDICTIONS, write_predictions
 from examples.minbert_multitask.run_folder import BEST, RESULT, RunFolder, write_json
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import TASKS, leaderboard_score, predictions
-from examples.minbert_multitask.weights import load_bert
 
 
 def mean_logits(members: Sequence[Tensor]) -> Tensor:

@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from examples.minbert_multitask.data import DEFAULT_FOLDER, TaskData, batches, collate, load_task
+from examples.minbert_multitask.tokenizer import load_tokenizer
 from torch import Tensor
 
 import peftlite
-
-from examples.minbert_multitask.data import DEFAULT_FOLDER, TaskData, batches, collate, load_task
 from examples.minbert_multitask.network import MultitaskBert, build_network
 from examples.minbert_multitask.run_folder import BEST, RunFolder
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import leaderboard_score, predictions, task_score
-from examples.minbert_multitask.tokenizer import load_tokenizer
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,16 +7,15 @@ import zlib
 from pathlib import Path
 
 import torch
+from examples.minbert_multitask.data import Batch
+from examples.minbert_multitask.model import BertModel
+from examples.minbert_multitask.weights import load_bert
 from torch import Tensor, nn
 
 import peftlite
-
-from examples.minbert_multitask.data import Batch
 from examples.minbert_multitask.heads import CosineHead, OrdinalHead, make_head, pair_features
-from examples.minbert_multitask.model import BertModel
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import TASKS
-from examples.minbert_multitask.weights import load_bert
 
 # Slope and offset of the cosine at the start. A similarity is 0..5 where the cosine is 0..1; the logit of a duplicate is 0 at
 # the cosine where sentence-tuned encoders part duplicates from the rest, and about +-3 at either end of the usual range.

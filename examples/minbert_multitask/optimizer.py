@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn, optim
 
 import peftlite
-
 from examples.minbert_multitask.network import MultitaskBert, adapted_parameters
 from examples.minbert_multitask.settings import Settings
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 
 import peftlite
-
 from examples.minbert_multitask.heads import HEADS
 from examples.minbert_multitask.schedule import LR_SCHEDULES, SAMPLINGS
 from examples.minbert_multitask.tasks import SST_LOSSES, STS_LOSSES, find_task

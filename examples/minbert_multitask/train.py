@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from examples.minbert_multitask.evaluate import load_data, load_run, scores, task_outputs, token_cache
 from examples.minbert_multitask.environment import environment, peak_memory_mb
+from examples.minbert_multitask.evaluate import load_data, load_run, scores, task_outputs, token_cache
 from examples.minbert_multitask.predict import PREDICTIONS, write_predictions
 from examples.minbert_multitask.report import write_report
 from examples.minbert_multitask.run_folder import OUTPUTS, REPORT, RESULT, STATE, RunFolder, write_json, write_tensors

@@ -8,14 +8,19 @@ import time
 from collections.abc import Callable
 
 import torch
+from examples.minbert_multitask.data import TaskData, batches, collate
 from torch import Tensor
 
 import peftlite
-
-from examples.minbert_multitask.data import TaskData, batches, collate
 from examples.minbert_multitask.environment import environment
 from examples.minbert_multitask.evaluate import autocast, first_examples, load_data, scores, task_outputs, token_cache
-from examples.minbert_multitask.network import adapted_parameters, build_network, layer_count, parameter_counts, prepare_training
+from examples.minbert_multitask.network import (
+    adapted_parameters,
+    build_network,
+    layer_count,
+    parameter_counts,
+    prepare_training,
+)
 from examples.minbert_multitask.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from examples.minbert_multitask.progress import Progress
 from examples.minbert_multitask.run_folder import BEST, RunFolder
