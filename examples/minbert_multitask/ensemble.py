@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from examples.minbert_multitask.model import BertModel
-from examples.minbert_multitask.weights import load_bert
 from torch import Tensor
 
 import peftlite
 from examples.minbert_multitask.evaluate import load_data, load_run, run_options, scores, task_outputs, token_cache
+from examples.minbert_multitask.model import BertModel
 from examples.minbert_multitask.network import MultitaskBert
 from examples.minbert_multitask.predict import PREDICTIONS, write_predictions
 from examples.minbert_multitask.run_folder import BEST, RESULT, RunFolder, write_json
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import TASKS, leaderboard_score, predictions
+from examples.minbert_multitask.weights import load_bert
 
 
 def mean_logits(members: Sequence[Tensor]) -> Tensor:
@@ -48,7 +48,7 @@ def vote(task: str, members: Sequence[Tensor]) -> Tensor:
 
 
 def shares_base(settings: Settings) -> bool:
-    """Whether a run leaves the pretrained weights as they are, so that its network can be built around a loaded BERT."""
+    """Whether a run left the pretrained weights as they are, so that its network can use a BERT loaded for others."""
     return settings.method != "full" and settings.unfreeze == "none" and settings.backbones == 1
 
 
@@ -106,7 +106,9 @@ def ensemble(
         torch.set_num_threads(settings.threads)
         for task, task_data in load_data(settings, split, folder, token_cache(RunFolder(path))).items():
             if ids.setdefault(task, task_data.ids) != task_data.ids:
-                raise ValueError(f"{path} reads other examples of task {task!r} than {runs[0]}; give one --data for all")
+                raise ValueError(
+                    f"{path} reads other examples of task {task!r} than {runs[0]}; give one --data for all"
+                )
             members.setdefault(task, []).append(task_outputs(network, task_data, settings))
             if task_data.labels is not None:
                 labels[task] = task_data.labels

@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from examples.minbert_multitask.data import DEFAULT_FOLDER, TaskData, batches, collate, load_task
-from examples.minbert_multitask.tokenizer import load_tokenizer
 from torch import Tensor
 
 import peftlite
+from examples.minbert_multitask.data import DEFAULT_FOLDER, TaskData, batches, collate, load_task
 from examples.minbert_multitask.network import MultitaskBert, build_network
 from examples.minbert_multitask.run_folder import BEST, RunFolder
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import leaderboard_score, predictions, task_score
+from examples.minbert_multitask.tokenizer import load_tokenizer
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,8 +32,9 @@ def task_outputs(
 ) -> Tensor:
     """Logits `(N, outputs)` of all examples, fp32 on the CPU.
 
-    Runs in evaluation mode without autograd, over batches of like length, and puts the network back in its mode. Adapters
-    stay unmerged: a merged weight is rounded otherwise under bf16 autocast, and borderline answers would change.
+    Runs in evaluation mode without autograd, over batches of like length, and puts the network back in its mode.
+    Adapters stay unmerged: a merged weight is rounded otherwise under bf16 autocast, and borderline answers would
+    change.
 
     Args:
         network: The network, on `settings.device`.
@@ -78,7 +79,9 @@ def scores(outputs: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, f
     return {task: task_score(task, predictions(task, logits), labels[task]) for task, logits in outputs.items()}
 
 
-def load_data(settings: Settings, split: str, folder: Path, cache: Path | None, tasks: Sequence[str] = ()) -> dict[str, TaskData]:
+def load_data(
+    settings: Settings, split: str, folder: Path, cache: Path | None, tasks: Sequence[str] = ()
+) -> dict[str, TaskData]:
     """One split of the tasks (default: all that the run trains), tokenised.
 
     Args:
@@ -112,13 +115,17 @@ def load_run(path: str | Path, **changes: object) -> tuple[MultitaskBert, Settin
     run = RunFolder(path)
     settings = Settings(**{**run.read_settings(), **changes}).resolved()
     if not (run / BEST).exists():
-        raise FileNotFoundError(f"{run.path} has no {BEST}: the run was stopped before its first evaluation; --resume it")
+        raise FileNotFoundError(
+            f"{run.path} has no {BEST}: the run was stopped before its first evaluation; --resume it"
+        )
     network, folder = build_network(settings)
     peftlite.load_adapters(network, run / BEST)
     return network.to(settings.device).eval(), settings, folder
 
 
-def evaluate(path: str | Path, *, data: str | None = None, split: str = "dev", device: str | None = None) -> dict[str, float]:
+def evaluate(
+    path: str | Path, *, data: str | None = None, split: str = "dev", device: str | None = None
+) -> dict[str, float]:
     """The scores of a run's best network on a split, and their `leaderboard` score.
 
     On the data and the device that it was trained with these are, exactly, the scores in its `result.json`.

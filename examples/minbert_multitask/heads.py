@@ -17,8 +17,8 @@ def pair_features(u: Tensor, v: Tensor) -> Tensor:
 class ConvHead(nn.Module):
     """The paper's conv head, `(B, D) -> (B, outputs)`.
 
-    Conv1d(1, 4, 3) - BN - flatten - Linear(4(D - 2), D / 8) - BN - ReLU - Linear(D / 8, outputs), after Frees, Bhagirath
-    and Bolling (2025, arXiv:2508.17586), whose inner width of 384 belongs to D = 3073.
+    Conv1d(1, 4, 3) - BN - flatten - Linear(4(D - 2), D / 8) - BN - ReLU - Linear(D / 8, outputs), after Frees,
+    Bhagirath and Bolling (2025, arXiv:2508.17586), whose inner width of 384 belongs to D = 3073.
     """
 
     def __init__(self, features: int, outputs: int) -> None:
@@ -72,8 +72,8 @@ class CosineHead(nn.Module):
     """`inner(features) + a · cos(u, v) + b` with learned a and b, `(B, 4H + 1) -> (B, 1)`.
 
     The cosine of a sentence-tuned encoder ranks pairs well before any training, and a head that starts at random would
-    first have to find it again among 4H other features. Here the answer starts as the calibrated cosine (the inner head's
-    last layer starts at 0) and the head learns the rest.
+    first have to find it again among 4H other features. Here the answer starts as the calibrated cosine (the inner
+    head's last layer starts at 0) and the head learns the rest.
     """
 
     def __init__(self, inner: nn.Module, slope: float, offset: float) -> None:
@@ -92,8 +92,8 @@ class OrdinalHead(nn.Module):
     """Log-probabilities of ordered classes from one score, `(B, D) -> (B, K)` (cumulative link, McCullagh 1980).
 
     `P(y > k) = σ(s - θ_k)` with ordered thresholds `θ_0 < θ_1 < ...`, so that
-    `P(y = k) = σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b - a))` with `a = s - θ_(k-1)`, `b = s - θ_k`, which is computed in logs.
-    Cross-entropy on these outputs is the ordinal likelihood, since they are normalised already.
+    `P(y = k) = σ(a) - σ(b) = σ(a) σ(-b) (1 - e^(b - a))` with `a = s - θ_(k-1)`, `b = s - θ_k`, which is computed in
+    logs. Cross-entropy on these outputs is the ordinal likelihood, since they are normalised already.
     """
 
     def __init__(self, inner: nn.Module, classes: int) -> None:

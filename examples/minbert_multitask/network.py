@@ -7,18 +7,19 @@ import zlib
 from pathlib import Path
 
 import torch
-from examples.minbert_multitask.data import Batch
-from examples.minbert_multitask.model import BertModel
-from examples.minbert_multitask.weights import load_bert
 from torch import Tensor, nn
 
 import peftlite
+from examples.minbert_multitask.data import Batch
 from examples.minbert_multitask.heads import CosineHead, OrdinalHead, make_head, pair_features
+from examples.minbert_multitask.model import BertModel
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import TASKS
+from examples.minbert_multitask.weights import load_bert
 
-# Slope and offset of the cosine at the start. A similarity is 0..5 where the cosine is 0..1; the logit of a duplicate is 0 at
-# the cosine where sentence-tuned encoders part duplicates from the rest, and about +-3 at either end of the usual range.
+# Slope and offset of the cosine at the start. A similarity is 0..5 where the cosine is 0..1; the logit of a duplicate
+# is 0 at the cosine where sentence-tuned encoders part duplicates from the rest, and about +-3 at either end of the
+# usual range.
 COSINE_START = {"sts": (5.0, 0.0), "quora": (10.0, -7.5)}
 
 
@@ -26,8 +27,8 @@ class MultitaskBert(nn.Module):
     """Logits of any of its tasks, `forward(task, batch) -> (B, outputs)` in fp32.
 
     Args:
-        bert: The pretrained backbone; with `settings.backbones == 2` one for the sentiment tasks, and a copy for the pairs.
-        settings: Tasks, pooling, heads. The heads' first values depend on (seed, task) alone.
+        bert: The pretrained backbone; with `settings.backbones == 2` one for the sentiment tasks, and a copy for the
+        pairs. settings: Tasks, pooling, heads. The heads' first values depend on (seed, task) alone.
     """
 
     def __init__(self, bert: BertModel, settings: Settings) -> None:
@@ -132,7 +133,9 @@ def parameter_counts(network: MultitaskBert, trained: list[nn.Parameter]) -> dic
     """
     ids = {id(parameter) for parameter in trained}
     backbone = list(network.backbones.parameters())
-    adapter_ids = {id(p) for a in peftlite.adapters(network.backbones).values() for p in a.adapter_parameters().values()}
+    adapter_ids = {
+        id(p) for a in peftlite.adapters(network.backbones).values() for p in a.adapter_parameters().values()
+    }
     base = sum(p.numel() for p in backbone if id(p) not in adapter_ids)
     count = sum(p.numel() for p in backbone if id(p) in ids)
     heads = sum(p.numel() for p in network.heads.parameters())

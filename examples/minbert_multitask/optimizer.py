@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 import peftlite
 from examples.minbert_multitask.network import MultitaskBert, adapted_parameters
@@ -12,36 +12,25 @@ from examples.minbert_multitask.settings import Settings
 def make_optimizer(network: MultitaskBert, settings: Settings) -> optim.Optimizer:
     """AdamW or Adamax over everything that the run will ever train; each group keeps its peak rate as `peak_lr`.
 
-    Call it before `schedule.release` freezes what progressive unfreezing trains later.
+    With progressive unfreezing all that will be released must be in it, so that is left trainable: `schedule.release`
+    freezes it again until its time.
     """
-    if settings.has_adapters():
-        groups = peftlite.param_groups(
-            network, settings.lr, weight_decay=settings.weight_decay, head_lr=settings.head_lr
-        )
+    groups = peftlite.param_groups(network.heads, settings.head_lr, weight_decay=settings.weight_decay)
+    if settings.method != "linear-probe":
         if settings.unfreeze == "progressive":
             protected = adapted_parameters(network)
-            released = [p for p in network.backbones.parameters() if id(p) not in protected]
-            groups += _groups(released, settings.unfreeze_lr, settings.weight_decay)
-    else:
-        backbone = [p for p in network.backbones.parameters() if p.requires_grad]
-        groups = _groups(backbone, settings.lr, settings.weight_decay)
-        groups += _groups(list(network.heads.parameters()), settings.head_lr, settings.weight_decay)
+            for parameter in network.backbones.parameters():
+                if id(parameter) not in protected:
+                    parameter.requires_grad_(True)
+        beside_adapters = settings.unfreeze_lr if settings.has_adapters() else settings.lr
+        groups += peftlite.param_groups(
+            network.backbones, settings.lr, head_lr=beside_adapters, weight_decay=settings.weight_decay
+        )
     for group in groups:
         group["peak_lr"] = group["lr"]
     if settings.optimizer == "adamax":
         return optim.Adamax(groups)
     return optim.AdamW(groups, fused=True)
-
-
-def _groups(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict]:
-    """Two groups: matrices, and the vectors (biases, norms), which are not decayed."""
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    return [
-        {"params": params, "lr": lr, "weight_decay": decay}
-        for params, decay in ((matrices, weight_decay), (vectors, 0.0))
-        if params
-    ]
 
 
 def optimizer_tensors(optimizer: optim.Optimizer) -> dict[str, Tensor]:

@@ -48,7 +48,9 @@ def learning_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> Figure:
     """Training loss (mean over each logging interval, faint; smoothed, strong) and dev scores over the epochs."""
     figure, (left, right) = _figure(10, 3.6, 2)
     for task in tasks:
-        points = [(row["epoch"], row["loss"][task]) for row in metrics if row["kind"] == "train" and task in row["loss"]]
+        points = [
+            (row["epoch"], row["loss"][task]) for row in metrics if row["kind"] == "train" and task in row["loss"]
+        ]
         if points:
             epochs, losses = (list(column) for column in zip(*points, strict=True))
             left.plot(epochs, losses, color=COLOURS[task], alpha=0.25, linewidth=1)

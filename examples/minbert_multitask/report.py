@@ -18,7 +18,8 @@ from examples.minbert_multitask.tasks import TASKS
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #2b2f36; background: #f6f7f9; margin: 0; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #2b2f36; background: #f6f7f9;
+  margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 60px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 34px 0 10px; }
 .lead { color: #66707d; margin: 0 0 22px; }
@@ -31,7 +32,8 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 34px 0 10
 .figure img { max-width: 100%; height: auto; }
 .table { padding: 4px 16px; overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 td { padding: 5px 12px 5px 0; border-top: 1px solid #eef0f2; vertical-align: top; } tr:first-child td { border-top: 0; }
-td:first-child { color: #66707d; white-space: nowrap; width: 34%; } td:last-child { font-variant-numeric: tabular-nums; }
+td:first-child { color: #66707d; white-space: nowrap; width: 34%; }
+td:last-child { font-variant-numeric: tabular-nums; }
 .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; align-items: start; }
 @media (max-width: 760px) { .columns, .figures { grid-template-columns: 1fr; } }
 """
@@ -84,9 +86,15 @@ def render(name: str, result: dict[str, Any], pictures: Mapping[str, bytes]) -> 
         f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>'
         for i, (caption, data) in enumerate(pictures.items())
     )
-    adapters = f", rank {settings['rank']}, {settings['targets']}" if settings["method"] not in ("full", "linear-probe") else ""
+    adapters = (
+        f", rank {settings['rank']}, {settings['targets']}"
+        if settings["method"] not in ("full", "linear-probe")
+        else ""
+    )
     title = html.escape(name)
-    lead = html.escape(f"{settings['method']}{adapters}, weights {settings['weights']}, on {', '.join(result['scores'])}")
+    lead = html.escape(
+        f"{settings['method']}{adapters}, weights {settings['weights']}, on {', '.join(result['scores'])}"
+    )
     boxes = "".join(f'<div class="card">{card}</div>' for card in cards)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -96,7 +104,8 @@ def render(name: str, result: dict[str, Any], pictures: Mapping[str, bytes]) -> 
 <h2>Learning</h2><div class="figures">{images}</div>
 <div class="columns"><div><h2>Parameters, time, memory</h2>{_table(_cost(result))}
 <h2>Machine</h2>{_table({k: v for k, v in machine.items() if v is not None})}</div>
-<div><h2>Settings</h2>{_table({k.replace("_", "-"): v for k, v in settings.items() if v is not None and v != ""})}</div></div>
+<div><h2>Settings</h2>{_table({k.replace("_", "-"): v for k, v in settings.items() if v not in (None, "")})}</div>
+</div>
 </main></body></html>
 """
 

@@ -29,10 +29,10 @@ def plan_steps(
 ) -> list[Step]:
     """The whole sequence of optimizer steps, fixed by `(sizes, sampling, seed)` alone.
 
-    An epoch is as many steps as one pass over every task takes, whatever the sampling, so that samplings compare at equal
-    cost. `sequential`: one pass of each task after the other. `round-robin`: the tasks in turn. `proportional`: one pass of
-    each, shuffled. `annealed`: shares ∝ N^α with α = 1 - 0.8 (e - 1)/(E - 1) in epoch e of E, shuffled (Stickland and Murray
-    2019, arXiv:1902.02671): large tasks first, then all alike.
+    An epoch is as many steps as one pass over every task takes, whatever the sampling, so that samplings compare at
+    equal cost. `sequential`: one pass of each task after the other. `round-robin`: the tasks in turn. `proportional`:
+    one pass of each, shuffled. `annealed`: shares ∝ N^α with α = 1 - 0.8 (e - 1)/(E - 1) in epoch e of E, shuffled
+    (Stickland and Murray 2019, arXiv:1902.02671): large tasks first, then all alike.
 
     Args:
         sizes: Steps that one pass over each task takes.
@@ -113,16 +113,16 @@ def lr_factor(step: int, total: int, *, warmup: float, schedule: str) -> float:
 
 
 def released_layers(epoch: int, layers: int) -> int:
-    """How many of the top layers train in `epoch` (from 0): none, then a quarter more per epoch, all from the fourth on."""
+    """How many of the top layers train in `epoch` (from 0): none, then a quarter more per epoch, all from epoch 4 on."""
     return min(layers, math.ceil(layers * epoch / 4))
 
 
 def release(backbones: nn.Module, protected: set[int], epoch: int, layers: int) -> list[str]:
-    """Let the parameters that progressive unfreezing reaches in `epoch` train, freeze the others; return the former's names.
+    """Let what progressive unfreezing reaches in `epoch` train and freeze the rest; return the names of what trains.
 
-    From the fourth epoch the embeddings train as well. Parameters whose `id` is in `protected` (the adapters, and the base
-    weights and biases under them) are never touched: a base weight that trained below its adapter would make the update full
-    rank, the flaw of the paper's own runs.
+    From epoch 4 on the embeddings train as well. Parameters whose `id` is in `protected` (the adapters, and the
+    base weights and biases under them) are never touched: a base weight that trained below its adapter would make the
+    update full rank, the flaw of the paper's own runs.
     """
     first = layers - released_layers(epoch, layers)
     names = []

@@ -1,4 +1,4 @@
-"""The settings of a run: one dataclass, from which the command line, the checks and the run folder's record are made."""
+"""The settings of a run: one dataclass, of which the command line, the checks and the record are made."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ class Settings:
         for part in filter(None, (p.strip() for p in self.lr_multiplier.split(","))):
             task, _, value = part.partition("=")
             if task not in factors:
-                raise ValueError(f"lr-multiplier names task {task!r}, which is not trained; trained: {', '.join(factors)}")
+                raise ValueError(
+                    f"lr-multiplier names task {task!r}, which is not trained; trained: {', '.join(factors)}"
+                )
             try:
                 factors[task] = float(value)
             except ValueError:
@@ -138,7 +140,9 @@ class Settings:
         if self.method not in methods:
             raise ValueError(f"method {self.method!r} is unknown; choose one of {', '.join(methods)}")
         if self.method == "linear-probe" and self.unfreeze == "progressive":
-            raise ValueError("unfreeze 'progressive' contradicts method 'linear-probe', which trains no layer; use 'full'")
+            raise ValueError(
+                "unfreeze 'progressive' contradicts method 'linear-probe', which trains no layer; use 'full'"
+            )
         self.multipliers()
         for name in ("rank", "accumulate", "epochs", "steps", "batch_size", "max_length", "eval_every", "save_every",
                      "log_every", "threads"):  # fmt: skip
@@ -160,7 +164,9 @@ class Settings:
             raise ValueError("device 'cuda' was asked for, and torch finds no CUDA device here; use 'cpu' or 'auto'")
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         if self.amp == "fp16" and device == "cpu":
-            raise ValueError("amp 'fp16' needs a CUDA device (its gradients underflow without loss scaling); use 'bf16'")
+            raise ValueError(
+                "amp 'fp16' needs a CUDA device (its gradients underflow without loss scaling); use 'bf16'"
+            )
         return dataclasses.replace(
             self,
             lr=self.lr if self.lr is not None else DEFAULT_LR.get(self.method, 1e-3),

@@ -1,7 +1,7 @@
-"""Train minBERT on several tasks: `python -m examples.minbert_multitask.train --data DIR --method lora --output runs/NAME`.
+"""Train minBERT on several tasks: `python -m examples.minbert_multitask.train --data DIR --output runs/NAME`.
 
-Ctrl-C saves the state and stops; the same command with `--resume`, or `--output runs/NAME --resume` alone, goes on and ends
-with the result that an uninterrupted run has.
+Ctrl-C saves the state and stops; the same command with `--resume`, or `--output runs/NAME --resume` alone, goes on
+and ends with the result that an uninterrupted run has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from examples.minbert_multitask.report import write_report
 from examples.minbert_multitask.run_folder import OUTPUTS, REPORT, RESULT, STATE, RunFolder, write_json, write_tensors
 from examples.minbert_multitask.settings import Settings, add_options
 from examples.minbert_multitask.tasks import leaderboard_score
-from examples.minbert_multitask.trainer import Interrupted, Trainer
+from examples.minbert_multitask.trainer import Trainer, TrainingStoppedError
 
 
 def train(settings: Settings, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         trainer.run()
-    except Interrupted:
+    except TrainingStoppedError:
         print(
             f"stopped at step {trainer.step} of {len(trainer.plan)}; the state is saved. Go on with\n"
             f"  python -m examples.minbert_multitask.train --output {settings.output} --resume"

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from examples.minbert_multitask.data import TaskData, batches, collate
 from torch import Tensor
 
 import peftlite
+from examples.minbert_multitask.data import TaskData, batches, collate
 from examples.minbert_multitask.environment import environment
 from examples.minbert_multitask.evaluate import autocast, first_examples, load_data, scores, task_outputs, token_cache
 from examples.minbert_multitask.network import (
@@ -29,7 +29,7 @@ from examples.minbert_multitask.settings import Settings, differing
 from examples.minbert_multitask.tasks import leaderboard_score, task_loss
 
 
-class Interrupted(Exception):
+class TrainingStoppedError(Exception):
     """Training was asked to stop (Ctrl-C, SIGTERM); its state has been saved."""
 
 
@@ -71,7 +71,9 @@ class Trainer:
         self.settings = settings = settings.resolved()
         self.folder = RunFolder(settings.output)
         if resume and (difference := differing(self.folder.read_settings(), dataclasses.asdict(settings))):
-            raise ValueError(f"{self.folder.path} cannot go on with other settings: {difference}; give the same ones, or start anew")
+            raise ValueError(
+                f"{self.folder.path} cannot go on with other settings: {difference}; give the same ones, or start anew"
+            )
         if not resume:
             self.folder.check_free()
         torch.set_num_threads(settings.threads)
@@ -92,13 +94,14 @@ class Trainer:
         self.eval_every = settings.eval_every or self.steps_per_epoch
         self.multipliers = settings.multipliers()
 
+        self.step = 0  # optimizer steps done
         self.optimizer = make_optimizer(self.network, settings)
         self.scaler = torch.amp.GradScaler(settings.device, enabled=settings.amp == "fp16")
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.parameters = parameter_counts(self.network, self.trained)
         self.protected = adapted_parameters(self.network)
+        self._release()
 
-        self.step = 0  # optimizer steps done
         self.evaluated = -1  # the step that was evaluated last
         self.best_step, self.best_score, self.stale = -1, -math.inf, 0
         self.metrics_rows = 0
@@ -119,7 +122,7 @@ class Trainer:
             on_step: Called with the number of steps done after each.
 
         Raises:
-            Interrupted: After `stop()`, once the state has been saved.
+            TrainingStoppedError: After `stop()`, once the state has been saved.
         """
         try:
             while True:
@@ -135,7 +138,7 @@ class Trainer:
                 if on_step is not None:
                     on_step(self.step)
                 self._check_stop()
-        except Interrupted:
+        except TrainingStoppedError:
             self.save_state()
             raise
         finally:
@@ -147,7 +150,7 @@ class Trainer:
 
     def _check_stop(self) -> None:
         if self.stop_requested:
-            raise Interrupted
+            raise TrainingStoppedError
 
     def _out_of_patience(self) -> bool:
         return 0 < self.settings.patience <= self.stale
@@ -157,7 +160,7 @@ class Trainer:
         began = time.perf_counter()
         settings, planned = self.settings, self.plan[self.step]
         task, stream = planned.task, self.streams[planned.task]
-        if settings.unfreeze == "progressive" and self.step % self.steps_per_epoch == 0:
+        if self.step % self.steps_per_epoch == 0:
             self._release()
         first = planned.number * settings.accumulate
         indices = [stream[first + i] for i in range(settings.accumulate)]
@@ -191,9 +194,11 @@ class Trainer:
             losses = self._log_losses(factor)
         self.progress.step(losses)
 
-    def _release(self) -> None:
-        epoch = self.step // self.steps_per_epoch
-        release(self.network.backbones, self.protected, epoch, layer_count(self.network))
+    def _release(self, step: int | None = None) -> None:
+        """Let train what progressive unfreezing has reached at `step` (default: the next one)."""
+        if self.settings.unfreeze == "progressive":
+            epoch = (self.step if step is None else step) // self.steps_per_epoch
+            release(self.network.backbones, self.protected, epoch, layer_count(self.network))
 
     def _log_losses(self, factor: float) -> dict[str, float]:
         """Write the mean training losses since the last time.
@@ -276,9 +281,7 @@ class Trainer:
             setattr(self, name, values[name])
         if self.best_score is None:
             self.best_score = -math.inf
-        if self.settings.unfreeze == "progressive" and self.step:
-            epoch = (self.step - 1) // self.steps_per_epoch  # of the last step done; the next one releases for itself
-            release(self.network.backbones, self.protected, epoch, layer_count(self.network))
+        self._release(max(0, self.step - 1))  # as at the last step done; the next one releases for itself
         self.folder.truncate_metrics(self.metrics_rows)
         torch.set_rng_state(tensors["rng.cpu"])
         if self.settings.device == "cuda":
