@@ -113,7 +113,7 @@ def lr_factor(step: int, total: int, *, warmup: float, schedule: str) -> float:
 
 
 def released_layers(epoch: int, layers: int) -> int:
-    """How many of the top layers train in `epoch` (from 0): none, then a quarter more per epoch, all from epoch 4 on."""
+    """How many of the top layers train in `epoch` (from 0): none, then a quarter more each, all from epoch 4 on."""
     return min(layers, math.ceil(layers * epoch / 4))
 
 
