@@ -1,0 +1,264 @@
+"""dora_linear: ``y = g ⊙ (x Wᵀ + s (x̃ Aᵀ) Bᵀ) + b``, ``g = m / ‖W + s B A‖_row`` (Liu et al. 2024, arXiv:2402.09353).
+
+The backward passes are derived in ``kernels/README.md``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask
+from peftlite.kernels.lora_linear import lora_linear_reference, low_rank_backward, low_rank_forward
+from peftlite.kernels.row_norm import accumulation_dtype, inverse_norm_gradients, row_norm
+
+EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
+SMALL_GAIN = 1 / 16  # below it, y - b has lost the digits of the inner product that dm needs
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    dropout_mode: str = "lowrank",
+    norm_grad: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute ``y = g ⊙ (x Wᵀ + s (x̃ Aᵀ) Bᵀ) + b`` with ``g = m / max(‖W + s B A‖_row, 1e-12)``.
+
+    The norm is a constant of the graph, as in §4.3 of the paper, unless `norm_grad` asks for the exact gradient. Norm and
+    gain are fp32 at least, whatever the dtype of the computation; the bias stands outside the gain. With ``m = ‖W‖_row``
+    as `row_norm` computes it and ``B = 0`` the gain is exactly 1 and y exactly ``x Wᵀ + b``.
+
+    Args:
+        x: ``(..., in)``.
+        weight: ``(out, in)``, frozen.
+        bias: ``(out,)`` or None.
+        lora_a: ``(r, in)``.
+        lora_b: ``(out, r)``.
+        magnitude: ``(out,)``, fp32 or fp64.
+        scale: the factor ``s``.
+        dropout: probability of dropping an element of `x`; pass 0 in evaluation.
+        dropout_mode: ``"lowrank"`` drops on the low-rank path only (x̃ above). ``"peft"`` is Hugging Face PEFT's meaning,
+            ``y = x Wᵀ + (g - 1) ⊙ (x̃ Wᵀ) + g ⊙ s (x̃ Aᵀ) Bᵀ + b``, at the price of a second product with W.
+        norm_grad: differentiate through the norm too.
+        impl: ``"reference"``, ``"torch"`` or ``"auto"``.
+
+    Returns:
+        ``(..., out)`` in the dtype of the computation.
+
+    Raises:
+        ValueError: if shapes do not fit, if `weight` requires a gradient, or for an unknown `impl` or `dropout_mode`.
+
+    Example:
+        >>> x, w, a, b = torch.ones(1, 2), torch.diag(torch.tensor([3.0, 4.0])), torch.ones(1, 2), torch.zeros(2, 1)
+        >>> dora_linear(x, w, None, a, b, torch.tensor([6.0, 4.0]), 1.0)
+        tensor([[6., 4.]])
+    """
+    check_linear_shapes("dora_linear", x, weight, lora_a, lora_b)
+    if dropout_mode not in ("lowrank", "peft"):
+        raise ValueError(f"dora_linear: dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
+    implementation = choose("dora_linear", impl)
+    x = x.to(compute_dtype(x))
+    mask = draw_keep_mask(x, dropout)
+    keep = 1.0 - dropout
+    if mask is not None and dropout_mode == "peft":
+        dropped = x * mask / keep
+        inner = dora_linear(dropped, weight, bias, lora_a, lora_b, magnitude, scale, norm_grad=norm_grad, impl=implementation)
+        return inner + F.linear(x - dropped, weight.to(x.dtype))
+    if implementation == "reference":
+        return dora_linear_reference(x, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None:
+        mask = mask.reshape(rows.shape)
+    # See lora_linear on why compiled and eager code differ here.
+    run = _forward_op if torch.compiler.is_compiling() else _DoRA.apply
+    y, *_ = run(rows, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def dora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    keep: float = 1.0,
+    norm_grad: bool = False,
+) -> Tensor:
+    """`dora_linear` in plain torch, for `x` of any shape and a drawn `mask`: the oracle of the tests."""
+    with torch.autocast(x.device.type, enabled=False):
+        inner = lora_linear_reference(x, weight, None, lora_a, lora_b, scale, mask, keep)
+        norm = torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1).clamp_min(EPS)
+        y = magnitude / (norm if norm_grad else norm.detach()) * inner
+        return (y if bias is None else y + bias).to(x.dtype)
+
+
+def dora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    norm_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y (M, out)``, ``h = x̃ Aᵀ (M, r)`` and the norm ``n (out,)``; y is the only M x out tensor that is made.
+
+    `norm_grad` matters to the backward pass only.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        norm = row_norm(weight, lora_a, lora_b, scale).clamp_min_(EPS)
+        gain = magnitude.to(norm.dtype) / norm
+        y, h = low_rank_forward(x, weight, bias, lora_a, lora_b, scale, mask, keep)
+        # g (y - b) + b as g y + (1 - g) b: one pass, and exact where g is 1.
+        return (y.mul_(gain) if bias is None else torch.addcmul((1 - gain) * bias, y, gain, out=y)), h, norm
+
+
+def dora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    y: Tensor | None,
+    h: Tensor,
+    norm: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    keep: float,
+    norm_grad: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that `needs` asks for, in the order x, lora_a, lora_b, magnitude.
+
+    y is read for the magnitude's gradient and with `norm_grad` only.
+    """
+    with torch.autocast(dy.device.type, enabled=False):
+        need_x, need_a, need_b, need_m = needs
+        gain = magnitude.to(norm.dtype) / norm
+        through_norm = norm_grad and (need_a or need_b)
+        buffer = torch.empty_like(dy)
+        dm = None
+        if need_m or through_norm:
+            assert y is not None
+            if bias is None:
+                torch.mul(dy, y, out=buffer)
+            else:
+                torch.sub(y, bias, out=buffer).mul_(dy)
+            dm = buffer.sum(0, dtype=norm.dtype) / magnitude.to(norm.dtype)
+            small = (gain.abs() < SMALL_GAIN).nonzero().squeeze(1)
+            if small.numel():
+                assert x is not None
+                dm[small] = _magnitude_gradient_of_rows(small, dy, x, weight, lora_b, h, scale) / norm[small]
+        inner_grad = torch.mul(dy, gain, out=buffer)  # D = g ⊙ dy, (M, out)
+        grads = low_rank_backward(inner_grad, x, weight, lora_a, lora_b, h, scale, mask, keep, [need_x, need_a, need_b])
+        if through_norm:
+            assert dm is not None
+            da, db = inverse_norm_gradients(weight, lora_a, lora_b, scale, dm * magnitude, norm, EPS)
+            if need_a:
+                grads[int(need_x)] += da
+            if need_b:
+                grads[-1] += db
+        if need_m:
+            assert dm is not None
+            grads.append(dm.to(magnitude.dtype))
+        return grads
+
+
+def _magnitude_gradient_of_rows(
+    rows: Tensor, dy: Tensor, x: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, scale: float
+) -> Tensor:
+    """``Σ_i dy_ij inner_ij`` of the output features `rows`, from x and h and not from y."""
+    dy = dy[:, rows].T  # (rows, M)
+    acc = torch.promote_types(dy.dtype, torch.float32)
+    base = (dy @ x).to(acc).mul_(weight[rows]).sum(1)
+    return base + scale * (dy @ h).to(acc).mul_(lora_b[rows]).sum(1)
+
+
+class _DoRA(torch.autograd.Function):
+    """Saves x, h, n and the output y, whose storage its consumer usually saves too: nothing of the size out x in."""
+
+    forward = staticmethod(dora_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, bias, lora_a, lora_b, magnitude, ctx.scale, mask, ctx.keep, ctx.norm_grad = inputs
+        y, h, norm = output
+        ctx.mark_non_differentiable(h, norm)
+        ctx.set_materialize_grads(False)
+        need_a, need_b, need_m = ctx.needs_input_grad[3:6]
+        need_y = need_m or (ctx.norm_grad and (need_a or need_b))
+        ctx.save_for_backward(
+            x if need_a or need_y else None, weight, bias, lora_a, lora_b, magnitude, y if need_y else None, h, norm, mask
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _dh: None, _dnorm: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 10
+        try:
+            x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
+                "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
+                "y.mul_(...)). Use the out-of-place form of that operation."
+            ) from error
+        need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
+        needs = [need_x, need_a, need_b, need_m]
+        run = _backward_op if torch.compiler.is_compiling() else dora_backward
+        grads = iter(
+            run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
+        )
+        dx, da, db, dm = (next(grads) if need else None for need in needs)
+        dbias = dy.sum(0, dtype=bias.dtype) if need_bias else None
+        return dx, None, dbias, da, db, dm, None, None, None, None
+
+
+_forward_op = torch.library.custom_op("peftlite::dora_linear", dora_forward, mutates_args=())
+_backward_op = torch.library.custom_op("peftlite::dora_linear_backward", dora_backward, mutates_args=())
+_forward_op.register_autograd(_DoRA.backward, setup_context=_DoRA.setup_context)
+
+
+@_forward_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    out_features = weight.shape[0]
+    y, h = x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], lora_a.shape[0])
+    return y, h, x.new_empty(out_features, dtype=accumulation_dtype(weight, lora_a, lora_b))
+
+
+@_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    *_, needs = rest
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    like = (dx, lora_a, lora_b, magnitude)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(like, needs, strict=True) if need]

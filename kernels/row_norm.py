@@ -1,0 +1,96 @@
+"""row_norm: ``n = ‖W + s B A‖_row`` and its gradient without a dense ``B A``, for DoRA (Liu et al. 2024, arXiv:2402.09353)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 18  # of W at a time where it must be converted: 1 MiB in fp32
+CANCELLATION = 0.1  # below this n² / ‖W‖² the expanded square has lost too many digits
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp32, or fp64 where one of the tensors is fp64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@torch.no_grad()
+def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Compute ``n_j = ‖W_j + s (B A)_j‖``, ``(out,)``, in fp32 at least and without a gradient.
+
+    On CPU the square is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which reads W twice and makes
+    ``out x r`` temporaries only; rows that cancel (``W ≈ -s B A``) are computed again directly. Elsewhere every row is
+    computed directly, a block at a time, since looking for such rows would make the host wait for the device.
+
+    Args:
+        weight: ``(out, in)``, any floating dtype.
+        lora_a: ``(r, in)``.
+        lora_b: ``(out, r)``.
+        scale: the factor ``s``.
+
+    Example:
+        >>> row_norm(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2), torch.zeros(1, 1), 1.0)
+        tensor([5.])
+    """
+    acc = accumulation_dtype(weight, lora_a, lora_b)
+    a, b = lora_a.to(acc), lora_b.to(acc)
+    if weight.device.type != "cpu":
+        return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
+    base = torch.empty(weight.shape[0], dtype=acc)
+    cross = torch.empty_like(b)  # W Aᵀ, (out, r)
+    for rows, w in _blocks(weight, acc):
+        torch.linalg.vector_norm(w, dim=1, out=base[rows])
+        torch.mm(w, a.T, out=cross[rows])
+    base.square_()
+    square = base + torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1)
+    norm = square.clamp_min(0).sqrt_()
+    cancelled = (square < CANCELLATION * base).nonzero().squeeze(1)
+    if cancelled.numel():
+        norm[cancelled] = _direct(weight[cancelled].to(acc), a, b[cancelled], scale)
+    return norm
+
+
+@torch.no_grad()
+def inverse_norm_gradients(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, gradient: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``Σ_j c_j n⁰_j / n_j(A, B)`` at ``n = n⁰``: what a gain ``m / n`` adds to those of the factors.
+
+    With ``q = c / n²``: ``da = -s (q ⊙ B)ᵀ (W + s B A)`` and ``db = -s q ⊙ (W Aᵀ + s B A Aᵀ)``.
+
+    Args:
+        weight: ``(out, in)``.
+        lora_a: ``(r, in)``.
+        lora_b: ``(out, r)``.
+        scale: the factor ``s``.
+        gradient: ``c (out,)``, the gradient of the loss with respect to ``ln g``, that is ``g ∂L/∂g``.
+        norm: ``n (out,)``, not below `eps`.
+        eps: rows whose norm is at this floor have no gradient.
+
+    Returns:
+        ``da (r, in)`` and ``db (out, r)`` in the dtypes of the factors.
+    """
+    acc = accumulation_dtype(weight, lora_a, lora_b)
+    a, b = lora_a.to(acc), lora_b.to(acc)
+    q = torch.where(norm > eps, gradient / norm.square(), 0).to(acc)[:, None]
+    weighted = q * b
+    da = (weighted.T @ b) @ a * scale
+    db = b @ (a @ a.T) * scale
+    for rows, w in _blocks(weight, acc):
+        da.addmm_(weighted[rows].T, w)
+        db[rows].addmm_(w, a.T)
+    return da.mul_(-scale).to(lora_a.dtype), db.mul_(q).mul_(-scale).to(lora_b.dtype)
+
+
+def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=scale), dim=1)
+
+
+def _blocks(weight: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks of `weight` in `acc`; all of it at once where nothing must be converted."""
+    step = weight.shape[0]
+    if weight.dtype != acc or weight.device.type != "cpu":
+        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, weight[rows].to(acc)

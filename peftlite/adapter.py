@@ -1,0 +1,236 @@
+"""AdapterLinear: the contract that every method keeps."""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from peftlite.kernels.dispatch import compute_dtype
+
+
+class AdapterLinear(nn.Module, ABC):
+    """Compute ``y = x effective_weight()ᵀ + bias``, with the `weight` and `bias` of an ``nn.Linear`` frozen underneath.
+
+    A method is a final subclass. `effective_weight` is its specification: the reference forward, merging, export and the
+    tests follow from it. `adapted_forward` may compute the same in a cheaper way.
+
+    The layer takes over the Parameter objects of the linear layer that it replaces, under their old names, so that
+    checkpoints of the base model still load. What it adds to them is the adapter: all of its other parameters train, all
+    of its other state is saved. A tensor that must not train is a buffer.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        rank: rank of the update, from 1 to ``min(in_features, out_features)``.
+        bias: whether the frozen layer has a bias.
+        device: where the frozen weight is made.
+        dtype: dtype of the frozen weight.
+        options: the keyword arguments of the method's `build`, and
+
+            * ``adapter_dtype``: dtype of the adapter's tensors, or its name; by default fp32, or fp64 for an fp64 base.
+            * ``base_dtype``: cast the frozen weight and bias to this dtype, once and for good, so that mixed precision
+              need not cast them in every forward.
+            * ``generator``: CPU generator that the initial values are drawn from; by default torch's global one.
+
+    Raises:
+        TypeError: for an option that the method does not have.
+        ValueError: for a rank or an option out of range.
+    """
+
+    method: ClassVar[str]
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float = 1.0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        self._take_over(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, **options)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int, **options: Any) -> Self:
+        """Make a layer that takes over `weight` and `bias` of `linear`, and freezes them.
+
+        Args:
+            linear: the layer to adapt. Its parameters become those of the new layer; nothing is copied.
+            rank: rank of the update.
+            options: as in the constructor.
+        """
+        layer = cls.__new__(cls)
+        layer._take_over(linear, rank, **options)
+        return layer
+
+    def _take_over(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        *,
+        adapter_dtype: torch.dtype | str | None = None,
+        base_dtype: torch.dtype | str | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        known = list(inspect.signature(self.build).parameters)
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}; its options are "
+                    f"{', '.join([*known, 'adapter_dtype', 'base_dtype', 'generator'])}."
+                )
+        self.check_rank(rank, linear.in_features, linear.out_features)
+        super().__init__()
+        self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
+        self.base_dtype = _floating_dtype("base_dtype", base_dtype)
+        adapter_dtype = _floating_dtype("adapter_dtype", adapter_dtype)
+        self._adapter_dtype = adapter_dtype or torch.promote_types(linear.weight.dtype, torch.float32)
+        self._generator = generator
+        self._standing = "adapted"  # or "base", or "merged": see `disable_adapters` and `merged`
+        self._merged_weight: Tensor | None = None
+        self.weight, self.bias = linear.weight, linear.bias
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                tensor.requires_grad_(False)
+                if self.base_dtype is not None:
+                    tensor.data = tensor.data.to(self.base_dtype)
+        self.build(**options)
+        self._generator = None
+        self.train(linear.training)
+
+    @staticmethod
+    def check_rank(rank: int, in_features: int, out_features: int, where: str = "") -> None:
+        """Raise a `ValueError` unless `rank` is an integer from 1 to ``min(in_features, out_features)``."""
+        limit = min(in_features, out_features)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
+            raise ValueError(
+                f"{where}rank must be an integer from 1 to min(in_features, out_features) = {limit} for a layer of "
+                f"{in_features} -> {out_features} features, got {rank!r}."
+            )
+
+    @abstractmethod
+    def build(self) -> None:
+        """Create the adapter's tensors; `weight`, `bias` and `rank` are in place. The keyword-only arguments of the
+        method's own `build` are its options."""
+
+    @abstractmethod
+    def effective_weight(self) -> Tensor:
+        """The dense weight ``(out, in)`` that the layer stands for, in the wider dtype of base and adapter."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments, as plain JSON values, with which `from_linear` rebuilds the layer."""
+
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        """Compute ``x effective_weight()ᵀ + bias`` for x ``(..., in)``; a method may do it in a cheaper way."""
+        return _linear(x, self.effective_weight(), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x ``(..., in)`` to ``(..., out)``."""
+        if self._standing == "base":
+            return _linear(x, self.base_weight(), self.bias)
+        if self._standing == "merged":
+            if self.training:
+                raise RuntimeError(
+                    "a layer inside merged(model) was run in training mode, where its adapter would get no gradient; "
+                    "call model.eval() first, or leave the merged(model) block to train."
+                )
+            assert self._merged_weight is not None
+            return _linear(x, self._merged_weight, self.bias)
+        return self.adapted_forward(x)
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight ``(out, in)`` as a dense tensor; every method reads the base through this accessor."""
+        return self.weight
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's own parameters by name: all but `weight` and `bias`."""
+        return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter's own tensors by name, parameters and buffers: all of the state but `weight` and `bias`."""
+        return {name: t for name, t in self.state_dict().items() if name not in ("weight", "bias")}
+
+    def stand(self, standing: str, merged_weight: Tensor | None = None) -> tuple[str, Tensor | None]:
+        """Answer with the ``"adapted"``, the ``"base"`` or the ``"merged"`` function from now on; returns what stood."""
+        before = (self._standing, self._merged_weight)
+        self._standing, self._merged_weight = standing, merged_weight
+        return before
+
+    def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
+        """A plain ``nn.Linear`` with the layer's own frozen Parameters, or with `weight` written into them."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        if weight is not None:
+            with torch.no_grad():
+                self.weight.copy_(weight)
+        linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    def create_factors(self, alpha: float | None, rslora: bool) -> None:
+        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`.
+
+        `scale` is ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732);
+        `alpha` is the rank by default.
+        """
+        self.alpha = float(self.rank if alpha is None else alpha)
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
+        self.rslora = rslora
+        self.scale = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
+        bound = 1 / math.sqrt(self.in_features)
+        # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
+        a = torch.empty(self.rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
+        self.lora_a = nn.Parameter(a.to(self.weight.device, self._adapter_dtype))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank, dtype=self._adapter_dtype))
+
+    def low_rank_config(self) -> dict[str, Any]:
+        """The options behind `create_factors`, as `config` wants them."""
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "rslora": self.rslora,
+            "adapter_dtype": _dtype_name(self.lora_a.dtype),
+            "base_dtype": _dtype_name(self.base_dtype),
+        }
+
+    def extra_repr(self) -> str:
+        """Shape and options, for ``print(model)``."""
+        options = ", ".join(f"{name}={value}" for name, value in self.config().items() if value is not None)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {options}"
+
+
+def check_dropout(dropout: float) -> float:
+    """`dropout` as a float; a `ValueError` unless it is in [0, 1)."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}.")
+    return float(dropout)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = compute_dtype(x)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _floating_dtype(option: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise ValueError(
+            f"{option} must be one of torch.float64, torch.float32, torch.bfloat16, torch.float16 (or its name), got {dtype!r}."
+        )
+    return found
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,0 +1,219 @@
+"""Save and load adapters: one safetensors file that holds the tensors and how to rebuild the layers."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peftlite.adapter import AdapterLinear
+from peftlite.inject import adapters, install, resolve_method, unchanged_on_error
+
+FORMAT, VERSION = "peftlite", "1"
+SAMPLES = 1024  # elements of a base weight that its fingerprint looks at
+
+
+def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of `model`, and whatever else of it trains, to one safetensors file.
+
+    Saved are the adapters' tensors, every module all of whose parameters train, with its buffers (a head with batch
+    norm keeps its statistics), and every other parameter that trains. The metadata hold how to rebuild each layer and a
+    fingerprint of the base. The file is written beside `path` and renamed, so that a crash never leaves half a file.
+
+    Raises:
+        ValueError: if the model has nothing to save.
+    """
+    layers = adapters(model)
+    heads = _trained_tensors(model, layers)
+    if not layers and not heads:
+        raise ValueError(
+            f"nothing to save: {type(model).__name__} carries no adapters and no parameter of it trains; "
+            "call inject_adapters first."
+        )
+    tensors = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.adapter_state().items()}
+    tensors.update(heads)
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "adapters": json.dumps({name: {"method": layer.method, **layer.config()} for name, layer in layers.items()}),
+        "heads": json.dumps({name: name in trained for name in heads}),
+        "base": json.dumps({name: fingerprint(layer) for name, layer in layers.items()}),
+    }
+    # A copy per tensor: safetensors refuses tensors that share storage.
+    _write_atomically({key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, metadata, Path(path))
+
+
+def load_adapters(model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True) -> nn.Module:
+    """Rebuild in `model`, in place, the adapters of a file from `save_adapters`, and load its other tensors.
+
+    The outputs are bit for bit those of the model that was saved. As after `inject_adapters` everything is frozen but the
+    adapters and what trained beside them, so that training can go on. Layers of `model` that are already adapted in the
+    same way (a model whose own code uses `LoRALinear`) receive their tensors.
+
+    Args:
+        model: a model with the base weights that the adapters were trained on.
+        path: the file.
+        check_base: compare the fingerprint of the base weights. It does not depend on their dtype, but for fp16.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, not ours, or of an unknown version or method; if a layer or tensor is missing,
+            left over or of another shape; if the base is another one. After an error the model is exactly as it was.
+    """
+    path = Path(path)
+    specs, heads, base, tensors = _read(path)
+    present = adapters(model)
+    extra = sorted(set(present) - set(specs))
+    if extra:
+        raise ValueError(
+            f"{path}: the model carries an adapter at {extra[0]!r} that the file does not know; load into a model without "
+            "adapters (remove_adapters), or one that is adapted in the same way."
+        )
+    with unchanged_on_error(model):
+        layers, values = {}, []
+        for name, spec in specs.items():
+            layer = _rebuild(model, path, name, spec)
+            if check_base and fingerprint(layer) != base.get(name):
+                raise ValueError(
+                    f"{path}: the base weight of {name!r} is not the one that this adapter was trained on (shape or values "
+                    "differ). Load it into its own base model; check_base=False loads it all the same."
+                )
+            state = layer.adapter_state()
+            own = {key: tensors.pop(f"{name}.{key}", None) for key in state}
+            values += [(t, _fitting(path, f"{name}.{key}", own[key], t)) for key, t in state.items()]
+            layers[name] = layer
+        model_state = model.state_dict(keep_vars=True)
+        for name in heads:
+            if name not in model_state:
+                raise ValueError(f"{path}: the file holds {name!r}, but {type(model).__name__} has no such tensor.")
+            values.append((model_state[name], _fitting(path, name, tensors.pop(name, None), model_state[name])))
+        if tensors:
+            raise ValueError(f"{path}: the tensor {min(tensors)!r} is left over: no layer or head of the file claims it.")
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        new_layers = {name: layer for name, layer in layers.items() if name not in present}
+        install(model, new_layers, trained=[parameters[name] for name, trains in heads.items() if trains])
+        for layer in present.values():
+            for parameter in layer.adapter_parameters().values():
+                parameter.requires_grad_(True)
+    # Nothing can fail any more: shapes fit, and the tensors are in memory.
+    with torch.no_grad():
+        for target, value in values:
+            target.copy_(value)
+    return model
+
+
+def fingerprint(layer: AdapterLinear) -> dict[str, Any]:
+    """Shape and a cheap hash of a layer's base weight and bias.
+
+    The hash looks at evenly spaced elements, rounded to bf16, so that the same base in fp32 and in bf16 has the same one.
+    """
+    digest = hashlib.sha256()
+    for tensor in (layer.base_weight(), layer.bias):
+        if tensor is not None:
+            flat = tensor.detach().reshape(-1)
+            step = max(1, flat.numel() // SAMPLES)
+            sample = flat[::step].to("cpu", torch.float32).to(torch.bfloat16).view(torch.int16)
+            digest.update(sample.numpy().tobytes())
+    return {"shape": list(layer.base_weight().shape), "bias": layer.bias is not None, "hash": digest.hexdigest()[:16]}
+
+
+def _trained_tensors(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
+    """Parameters outside the adapters that train, and the buffers of modules all of whose parameters do."""
+    inside = tuple(f"{name}." for name in layers)
+    trained = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not (inside and name.startswith(inside)) and "" not in layers
+    }
+    state = model.state_dict(keep_vars=True)
+    for name, module in model.named_modules():
+        own = list(module.parameters())
+        if own and all(p.requires_grad for p in own) and not any(isinstance(m, AdapterLinear) for m in module.modules()):
+            prefix = f"{name}." if name else ""
+            buffers = {f"{prefix}{key}" for key, _ in module.named_buffers()}
+            trained.update({key: state[key] for key in buffers if key in state})
+    return dict(sorted(trained.items()))
+
+
+def _rebuild(model: nn.Module, path: Path, name: str, spec: dict[str, Any]) -> AdapterLinear:
+    options = dict(spec)
+    cls = resolve_method(options.pop("method"))
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{path}: the file adapts {name!r}, but {type(model).__name__} has no such module.") from None
+    if isinstance(module, AdapterLinear):
+        if {"method": module.method, **module.config()} != spec:
+            raise ValueError(
+                f"{path}: {name!r} is already a {type(module).__name__} with other settings than the file's {spec}; call "
+                "remove_adapters first."
+            )
+        return module
+    if type(module) is not nn.Linear:
+        raise ValueError(f"{path}: the file adapts {name!r} as an nn.Linear, but there it is {type(module).__name__}.")
+    return cls.from_linear(module, options.pop("rank"), **options)
+
+
+def _fitting(path: Path, name: str, value: Tensor | None, like: Tensor) -> Tensor:
+    if value is None:
+        raise ValueError(f"{path}: the tensor {name!r} is missing from the file.")
+    if value.shape != like.shape:
+        raise ValueError(f"{path}: {name!r} has shape {tuple(value.shape)} in the file and {tuple(like.shape)} in the model.")
+    return value
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, bool], dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file to load adapters from.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file, truncated or corrupted ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but not one from save_adapters (no {FORMAT!r} in its metadata).")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: written in version {metadata.get('version')!r} of the format; this peftlite reads version {VERSION!r}. "
+            "Update peftlite."
+        )
+    try:
+        specs, heads, base = (json.loads(metadata[key]) for key in ("adapters", "heads", "base"))
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: corrupted metadata ({error!r}).") from error
+    return specs, heads, base, tensors
+
+
+def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.close(descriptor)
+        save_file(tensors, temporary, metadata)
+        _flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: str | Path) -> None:
+    """Make sure that what was written, or renamed, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

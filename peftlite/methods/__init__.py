@@ -1,0 +1,7 @@
+"""The methods: one published method, one final class, one file. `METHODS` is the whole registry."""
+
+from peftlite.adapter import AdapterLinear
+from peftlite.methods.dora import DoRALinear as DoRALinear
+from peftlite.methods.lora import LoRALinear as LoRALinear
+
+METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear)}

@@ -1,0 +1,103 @@
+"""DoRA: Liu et al. 2024, arXiv:2402.09353."""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.kernels.dora_linear import EPS, dora_linear
+from peftlite.kernels.row_norm import row_norm
+
+
+@final
+class DoRALinear(AdapterLinear):
+    """Compute ``y = g ⊙ (x Wᵀ + s (dropout(x) Aᵀ) Bᵀ) + b``, ``g = m / ‖W + s B A‖_row``: direction and magnitude apart.
+
+    ``A (r, in)`` is `lora_a`, ``B (out, r)`` is `lora_b`, ``m (out,)`` is `magnitude`, one per output feature, born as the
+    row norms of W, so that g is exactly 1 and an injected model computes bit for bit what it computed before. Trained:
+    ``r (in + out) + out`` parameters. The magnitude stays in fp32 when the model is cast to 16 bits: in bf16 most
+    of its updates would round to nothing.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        rank: ``r``.
+        alpha: scaling numerator, by default the rank (``s = 1``).
+        rslora: ``s = alpha / √rank`` (Kalajdzievski 2023, arXiv:2312.03732).
+        dropout: probability of dropping an element of the input, in training mode.
+        dropout_mode: ``"lowrank"`` (default) drops on the low-rank path only; ``"peft"`` drops on the base path of the
+            direction too, as Hugging Face PEFT does, which costs a second product with W.
+        norm_grad: differentiate through the norm. By default it is a constant of the graph (§4.3 of the paper).
+
+    Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
+
+    Example:
+        >>> layer = DoRALinear(16, 32, rank=4)
+        >>> torch.equal(layer.magnitude, torch.linalg.vector_norm(layer.effective_weight(), dim=1).detach())
+        True
+    """
+
+    method = "dora"
+
+    def build(
+        self,
+        *,
+        alpha: float | None = None,
+        rslora: bool = False,
+        dropout: float = 0.0,
+        dropout_mode: str = "lowrank",
+        norm_grad: bool = False,
+    ) -> None:
+        """Create A, B and the magnitude."""
+        if dropout_mode not in ("lowrank", "peft"):
+            raise ValueError(f"dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
+        self.dropout, self.dropout_mode, self.norm_grad = check_dropout(dropout), dropout_mode, norm_grad
+        self.create_factors(alpha, rslora)
+        self.magnitude = nn.Parameter(row_norm(self.base_weight(), self.lora_a, self.lora_b, self.scale))
+
+    def config(self) -> dict[str, Any]:
+        """Options that rebuild the layer."""
+        return {
+            **self.low_rank_config(),
+            "dropout": self.dropout,
+            "dropout_mode": self.dropout_mode,
+            "norm_grad": self.norm_grad,
+        }
+
+    def effective_weight(self) -> Tensor:
+        """``diag(m / ‖W + s B A‖_row) (W + s B A)``, ``(out, in)``."""
+        direction = self.base_weight() + self.scale * (self.lora_b @ self.lora_a)
+        if self.norm_grad and torch.is_grad_enabled():
+            norm = torch.linalg.vector_norm(direction, dim=1)
+        else:  # the very numbers of the forward pass, so that the gain is exactly 1 at birth here too
+            norm = row_norm(self.base_weight(), self.lora_a, self.lora_b, self.scale)
+        return (self.magnitude / norm.clamp_min(EPS))[:, None] * direction
+
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        """``g ⊙ (x Wᵀ + s (x̃ Aᵀ) Bᵀ) + b`` without a dense weight."""
+        return dora_linear(
+            x,
+            self.base_weight(),
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            self.magnitude,
+            self.scale,
+            dropout=self.dropout if self.training else 0.0,
+            dropout_mode=self.dropout_mode,
+            norm_grad=self.norm_grad,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        magnitude, gradient = self.magnitude, self.magnitude.grad
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if (tensor is magnitude or tensor is gradient) and result.dtype.itemsize < magnitude.dtype.itemsize:
+                return tensor.to(result.device)  # move it, but keep its precision
+            return result
+
+        return super()._apply(apply, recurse)

@@ -1,0 +1,139 @@
+"""Which layers a request means: patterns on dotted names, and errors that name the nearest ones."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+
+Value = TypeVar("Value", int, float)
+Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+def as_patterns(patterns: str | Iterable[str]) -> list[str]:
+    """One pattern or several, as a list."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` is the dotted `name`, its last segments, or a glob on either.
+
+    Example:
+        >>> matches("encoder.0.query", "query"), matches("encoder.0.query", "encoder.*"), matches("my_query", "query")
+        (True, True, False)
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def require_match(what: str, pattern: str, names: Iterable[str], of: str) -> list[str]:
+    """The `names` that `pattern` matches.
+
+    Raises:
+        ValueError: if there is none; it names the candidates by their last segments, and the nearest.
+    """
+    names = list(names)
+    found = [name for name in names if matches(name, pattern)]
+    if not found:
+        leaves = sorted({name.rpartition(".")[2] for name in names})
+        near = difflib.get_close_matches(pattern.rpartition(".")[2], leaves, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        shown = ", ".join(leaves[:20]) + (", ..." if len(leaves) > 20 else "")
+        raise ValueError(f"{what} {pattern!r} matches no {of}; their names end in: {shown or 'there are none'}.{hint}")
+    return found
+
+
+def find_targets(
+    model: nn.Module, targets: Targets, *, exclude: Iterable[str] = (), heads: Iterable[str] = ()
+) -> dict[str, nn.Linear]:
+    """The ``nn.Linear`` layers of `model` that `targets` means, by name, in the order of the model.
+
+    Args:
+        model: any module.
+        targets: last segments of names, or globs on dotted names, or ``"all-linear"``, or a callable
+            ``(name, module) -> bool`` that is asked about each linear layer.
+        exclude: patterns of layers to leave out.
+        heads: names of modules that train in full; ``"all-linear"`` leaves out what lies in them.
+
+    Raises:
+        ValueError: if an entry matches nothing, if nothing is left, or if a layer cannot carry an adapter: its parent
+            reads its weight directly, it has hooks that would be lost, its weight is computed and not a Parameter, or
+            it is meant to train in full.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> list(find_targets(model, "all-linear", exclude=["2"]))
+        ['0']
+    """
+    if type(model) is nn.Linear:
+        raise ValueError("the model is itself an nn.Linear and has no parent to put an adapter into; use from_linear.")
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    in_heads = {name for name in linears if any(name == h or name.startswith(f"{h}.") for h in heads)}
+    kind = f"nn.Linear of {type(model).__name__}"
+    if callable(targets):
+        found = {name: m for name, m in linears.items() if targets(name, m)}
+    elif targets == "all-linear":
+        found = {name: m for name, m in linears.items() if name not in in_heads}
+    else:
+        wanted = {name for pattern in as_patterns(targets) for name in _require_linear(model, pattern, linears, kind)}
+        found = {name: m for name, m in linears.items() if name in wanted}
+    for pattern in as_patterns(exclude):
+        for name in require_match("exclude", pattern, found, f"target of {type(model).__name__}"):
+            found.pop(name, None)
+    if not found:
+        raise ValueError(f"the targets {_describe(targets)} leave no {kind} to adapt; it has {len(linears)} in all.")
+    for name, linear in found.items():
+        if name in in_heads:
+            raise ValueError(
+                f"{name!r} is both a target and part of what `trainable` trains in full; take it out of one of the two."
+            )
+        _check_can_carry(model, name, linear)
+    return found
+
+
+def resolve_pattern(what: str, patterns: Mapping[str, Value] | None, names: Iterable[str]) -> dict[str, Value]:
+    """The value that each name gets from `patterns`: the first pattern that matches a name wins.
+
+    Raises:
+        ValueError: for a pattern that matches no target.
+    """
+    resolved: dict[str, Value] = {}
+    for pattern, value in (patterns or {}).items():
+        for name in require_match(what, pattern, names, "target"):
+            resolved.setdefault(name, value)
+    return resolved
+
+
+def _require_linear(model: nn.Module, pattern: str, linears: Mapping[str, nn.Linear], kind: str) -> list[str]:
+    others = [f"{type(m).__name__} {name!r}" for name, m in model.named_modules() if name and matches(name, pattern)]
+    if others and not any(matches(name, pattern) for name in linears):
+        raise ValueError(
+            f"target {pattern!r} matches {others[0]} of {type(model).__name__}, but only layers of the exact type nn.Linear "
+            "can be adapted (a subclass may compute something else)."
+        )
+    return require_match("target", pattern, linears, kind)
+
+
+def _check_can_carry(model: nn.Module, name: str, linear: nn.Linear) -> None:
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(parent, FAST_PATHS):
+            raise ValueError(
+                f"{name!r} lies in {type(parent).__name__} {'.'.join(parts[:depth]) or '(the model itself)'!r}, whose fast "
+                "path reads its weight directly and would skip the adapter without a word; leave it out with `exclude`, or "
+                "write the block with plain nn.Linear calls."
+            )
+    if not isinstance(linear.weight, nn.Parameter):
+        raise ValueError(
+            f"the weight of {name!r} is not a Parameter but computed (weight_norm, pruning?); make it permanent first, "
+            "then inject."
+        )
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        raise ValueError(f"{name!r} has hooks, which would be lost with the layer; register them after injection.")
+
+
+def _describe(targets: Targets) -> str:
+    return repr(getattr(targets, "__name__", "a callable")) if callable(targets) else repr(targets)
