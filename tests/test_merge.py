@@ -27,11 +27,9 @@ def injected(variant: tuple[str, dict[str, Any]] = ("lora", {}), dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merged_weights_are_rounded_once(variant: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
     model = injected(variant, dtype)
-    exact = {n: layer.effective_weight().detach() for n, layer in adapters(copy.deepcopy(model)).items()}
+    with torch.no_grad():
+        exact = {n: layer.effective_weight() for n, layer in adapters(copy.deepcopy(model)).items()}
     biases = {n: layer.bias for n, layer in adapters(model).items()}
-    x = torch.randn(5, 8).to(dtype)
-    before = model(x)
-    oracle = copy.deepcopy(model).double()(x.double())
     report = merge_adapters(model)
     assert not adapters(model)
     assert [layer.name for layer in report.layers] == list(exact)
@@ -42,7 +40,6 @@ def test_merged_weights_are_rounded_once(variant: tuple[str, dict[str, Any]], dt
         assert torch.equal(linear.weight, weight.to(dtype))
         assert linear.bias is biases[name]
         assert not linear.training
-    assert_within_budget("output", model(x), before, oracle, dtype)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
