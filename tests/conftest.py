@@ -11,3 +11,8 @@ settings.register_profile("explore", deadline=None, max_examples=200, print_blob
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup() -> None:
+    """The same random numbers in every test, alone or in company."""
+    torch.manual_seed(0)

@@ -145,7 +145,7 @@ def test_dropin_layers_in_a_model_of_ones_own(tmp_path: Path) -> None:
     x = torch.randn(3, 8)
     assert torch.equal(fresh(x), model(x))
     assert all(p.requires_grad for p in fresh.inner.adapter_parameters().values())
-    with refused(other := OwnModel(alpha=7), r"'inner' is already a LoRALinear with other settings than the file's .*remove_ad"):
+    with refused(other := OwnModel(alpha=7), r"'inner' is already a LoRALinear with other settings than the file's .*remove"):
         load_adapters(other, tmp_path / "f")
 
 
@@ -171,7 +171,7 @@ def test_a_base_held_in_another_dtype_is_rebuilt_so(tmp_path: Path) -> None:
 
 
 def test_another_base(saved: Path) -> None:
-    with refused(model := net(1), r"adapters.safetensors: the base weight of 'encoder.0.query' is not the one .*check_base=False"):
+    with refused(model := net(1), r"the base weight of 'encoder.0.query' is not the one that .*check_base=False"):
         load_adapters(model, saved)
     load_adapters(model, saved, check_base=False)
     assert torch.equal(model.encoder[0].query.lora_b, trained_net().encoder[0].query.lora_b)
@@ -195,11 +195,11 @@ EDITS: list[tuple[Edit, str]] = [
     (lambda t, c: c["adapters"]["encoder.0.query"].update(method="lara"), r"'encoder.0.query' cannot .* unknown method 'lara'"),
     (lambda t, c: c["adapters"]["encoder.0.query"].update(gate=1), r"cannot be rebuilt here: LoRALinear has no option 'gate'"),
     (lambda t, c: c["adapters"]["encoder.0.query"].update(rank=99), r"cannot be rebuilt here: rank must be an integer from 1"),
-    (lambda t, c: c["adapters"]["encoder.0.query"].update(rank=1), r"'encoder.0.query.lora_a' has shape \(2, 8\) in the file and"),
+    (lambda t, c: c["adapters"]["encoder.0.query"].update(rank=1), r"'encoder.0.query.lora_a' has shape \(2, 8\) in the file"),
     (lambda t, c: t.pop("encoder.1.up.lora_b"), r"the tensor 'encoder.1.up.lora_b' is missing from the file"),
     (lambda t, c: t.pop("head.1.running_var"), r"the tensor 'head.1.running_var' is missing from the file"),
     (lambda t, c: t.update(extra=torch.ones(1)), r"the tensor 'extra' is left over: no layer or head of the file claims it"),
-    (lambda t, c: t.update({"head.2.bias": torch.ones(4)}), r"'head.2.bias' has shape \(4,\) in the file and \(3,\) in the model"),
+    (lambda t, c: t.update({"head.2.bias": torch.ones(4)}), r"'head.2.bias' has shape \(4,\) in the file and \(3,\) in the m"),
     (lambda t, c: c["heads"].update({"tail.weight": True}), r"the file holds 'tail.weight', but Net has no such tensor"),
     (rename, r"the file adapts 'encoder.9.query', but Net has no such module"),
     (retype, r"the file adapts 'encoder.0.norm' as an nn.Linear, but there it is LayerNorm"),
@@ -230,7 +230,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_nothing_to_save(tmp_path: Path) -> None:
-    with refused(model := net().requires_grad_(False), r"nothing to save: Net carries no adapters and no parameter of it trains"):
+    with refused(model := net().requires_grad_(False), r"nothing to save: Net carries no adapters and no parameter of it"):
         save_adapters(model, tmp_path / "f")
     assert not list(tmp_path.iterdir())
 

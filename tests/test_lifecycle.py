@@ -102,7 +102,7 @@ def test_gradient_checkpointing(variant: Variant, reentrant: bool) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compile_fullgraph(method: str, autocast: bool) -> None:
     torch.compiler.reset()
-    layers = nn.Sequential(*(make_layer((method, {}), *sizes, bias=bias) for *sizes, bias in [(8, 13, 3, True), (13, 5, 2, False)]))
+    layers = nn.Sequential(make_layer((method, {}), 8, 13, 3), make_layer((method, {}), 13, 5, 2, bias=False))
     perturb(layers)
     compiled = torch.compile(layers, fullgraph=True)
     x = torch.randn(7, 8)
