@@ -24,8 +24,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model`, and whatever else of it trains, to one safetensors file.
 
     Saved are the adapters' tensors, every module all of whose parameters train, with its buffers (a head with batch
-    norm keeps its statistics), and every other parameter that trains. The metadata hold how to rebuild each layer and a
-    fingerprint of the base. The file is written beside `path` and renamed, so that a crash never leaves half a file.
+    norm keeps its statistics), and every other parameter that trains. The metadata hold how to rebuild each layer, a
+    fingerprint of the base and a checksum of it all. The file is written beside `path` and renamed, so that a crash never leaves half a file.
 
     Raises:
         ValueError: if the model has nothing to save.
@@ -135,7 +135,7 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps({k: v for k, v in sorted(metadata.items()) if k != "checksum"}).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
