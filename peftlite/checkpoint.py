@@ -25,7 +25,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Saved are the adapters' tensors, every module all of whose parameters train, with its buffers (a head with batch
     norm keeps its statistics), and every other parameter that trains. The metadata hold how to rebuild each layer, a
-    fingerprint of the base and a checksum of it all. The file is written beside `path` and renamed, so that a crash never leaves half a file.
+    fingerprint of the base and a checksum of it all. The file is written beside `path` and renamed, so that a crash
+    never leaves half a file.
 
     Raises:
         ValueError: if the model has nothing to save.
