@@ -3,6 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -101,12 +102,18 @@ class AdapterLinear(nn.Module, ABC):
         self._standing = "adapted"  # or "base", or "merged": see `disable_adapters` and `merged`
         self._merged_weight: Tensor | None = None
         self.weight, self.bias = linear.weight, linear.bias
-        for tensor in (self.weight, self.bias):
-            if tensor is not None:
-                tensor.requires_grad_(False)
+        before = [(p, p.data, p.requires_grad) for p in linear.parameters()]
+        try:
+            for parameter, data, _ in before:
+                parameter.requires_grad_(False)
                 if self.base_dtype is not None:
-                    tensor.data = tensor.data.to(self.base_dtype)
-        self.build(**options)
+                    parameter.data = data.to(self.base_dtype)
+            self.build(**options)
+        except BaseException:
+            for parameter, data, requires_grad in before:
+                parameter.data = data
+                parameter.requires_grad_(requires_grad)
+            raise
         self._generator = None
         self.train(linear.training)
 
@@ -184,9 +191,9 @@ class AdapterLinear(nn.Module, ABC):
         `scale` is ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732);
         `alpha` is the rank by default.
         """
-        self.alpha = float(self.rank if alpha is None else alpha)
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
+        self.alpha = float(self.rank if alpha is None else alpha)
         self.rslora = rslora
         self.scale = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
         bound = 1 / math.sqrt(self.in_features)
@@ -213,9 +220,13 @@ class AdapterLinear(nn.Module, ABC):
 
 def check_dropout(dropout: float) -> float:
     """`dropout` as a float; a `ValueError` unless it is in [0, 1)."""
-    if not 0.0 <= dropout < 1.0:
+    if not (_is_number(dropout) and 0.0 <= dropout < 1.0):
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}.")
     return float(dropout)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

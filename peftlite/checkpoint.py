@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftlite.adapter import AdapterLinear
-from peftlite.inject import adapters, install, resolve_method, unchanged_on_error
+from peftlite.inject import adapters, check_not_tied, install, resolve_method, unchanged_on_error
 
 FORMAT, VERSION = "peftlite", "1"
 SAMPLES = 1024  # elements of a base weight that its fingerprint looks at
@@ -24,8 +24,9 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model`, and whatever else of it trains, to one safetensors file.
 
     Saved are the adapters' tensors, every module all of whose parameters train, with its buffers (a head with batch
-    norm keeps its statistics), and every other parameter that trains. The metadata hold how to rebuild each layer and a
-    fingerprint of the base. The file is written beside `path` and renamed, so that a crash never leaves half a file.
+    norm keeps its statistics), and every other parameter that trains. The metadata hold how to rebuild each layer, a
+    fingerprint of the base and a checksum of it all. The file is written beside `path` and renamed, so that a crash
+    never leaves half a file.
 
     Raises:
         ValueError: if the model has nothing to save.
@@ -40,6 +41,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.adapter_state().items()}
     tensors.update(heads)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    # A copy per tensor: safetensors refuses tensors that share storage.
+    tensors = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -47,8 +50,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "heads": json.dumps({name: name in trained for name in heads}),
         "base": json.dumps({name: fingerprint(layer) for name, layer in layers.items()}),
     }
-    # A copy per tensor: safetensors refuses tensors that share storage.
-    _write_atomically({key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, metadata, Path(path))
+    metadata["checksum"] = checksum(tensors, metadata)
+    _write_atomically(tensors, metadata, Path(path))
 
 
 def load_adapters(model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True) -> nn.Module:
@@ -128,6 +131,15 @@ def fingerprint(layer: AdapterLinear) -> dict[str, Any]:
     return {"shape": list(layer.base_weight().shape), "bias": layer.bias is not None, "hash": digest.hexdigest()[:16]}
 
 
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what a file says: safetensors itself would not notice a flipped bit in a value."""
+    digest = hashlib.sha256(json.dumps({k: v for k, v in sorted(metadata.items()) if k != "checksum"}).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _trained_tensors(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
     """Parameters outside the adapters that train, and the buffers of modules all of whose parameters do."""
     inside = tuple(f"{name}." for name in layers)
@@ -147,8 +159,6 @@ def _trained_tensors(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> d
 
 
 def _rebuild(model: nn.Module, path: Path, name: str, spec: dict[str, Any]) -> AdapterLinear:
-    options = dict(spec)
-    cls = resolve_method(options.pop("method"))
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -162,7 +172,14 @@ def _rebuild(model: nn.Module, path: Path, name: str, spec: dict[str, Any]) -> A
         return module
     if type(module) is not nn.Linear:
         raise ValueError(f"{path}: the file adapts {name!r} as an nn.Linear, but there it is {type(module).__name__}.")
-    return cls.from_linear(module, options.pop("rank"), **options)
+    if spec.get("base_dtype") is not None:
+        check_not_tied(model, module, name, "holding it in another dtype")
+    options = dict(spec)
+    try:
+        cls = resolve_method(options.pop("method"))
+        return cls.from_linear(module, options.pop("rank"), **options)
+    except (TypeError, ValueError) as error:  # of a newer version, or another model
+        raise ValueError(f"{path}: {name!r} cannot be rebuilt here: {error}") from error
 
 
 def _fitting(path: Path, name: str, value: Tensor | None, like: Tensor) -> Tensor:
@@ -189,6 +206,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bool], dict[str, Any], 
             f"{path}: written in version {metadata.get('version')!r} of the format; this peftlite reads version {VERSION!r}. "
             "Update peftlite."
         )
+    if metadata.get("checksum") != checksum(tensors, metadata):
+        raise ValueError(f"{path}: corrupted: its content does not fit its checksum. Fetch or save it again.")
     try:
         specs, heads, base = (json.loads(metadata[key]) for key in ("adapters", "heads", "base"))
     except (KeyError, json.JSONDecodeError) as error:
@@ -198,15 +217,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bool], dict[str, Any], 
 
 def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        os.close(descriptor)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files that nobody else may read
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     _flush(path.parent)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftlite.adapter import AdapterLinear
 from peftlite.methods import METHODS
-from peftlite.targets import Targets, as_patterns, find_targets, require_match, resolve_pattern
+from peftlite.targets import Targets, as_patterns, both_target_and_trained, find_targets, require_match, resolve_pattern
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,6 +77,9 @@ def inject_adapters(
         )
     heads, parameters = _find_trainable(model, trainable)
     found = find_targets(model, targets, exclude=exclude, heads=heads)
+    for name, linear in found.items():  # also by a single parameter, or through a tied weight
+        if any(own is parameter for own in linear.parameters() for parameter in parameters):
+            raise ValueError(both_target_and_trained(name))
     if base_dtype is not None:
         for name, linear in found.items():
             check_not_tied(model, linear, name, "holding it in another dtype")
@@ -84,7 +87,7 @@ def inject_adapters(
     alphas = resolve_pattern("alpha_pattern", alpha_pattern, found)
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
-    options = {**method_options, **({"dropout": dropout} if dropout else {})}
+    options = {**method_options, **({"dropout": dropout} if dropout != 0 else {})}
     with unchanged_on_error(model):
         layers = {}
         for name, linear in found.items():

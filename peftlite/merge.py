@@ -1,6 +1,7 @@
 """Fold adapters into the base weights, for good or for a while, and say what the rounding cost."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -107,9 +108,17 @@ def merged(model: nn.Module) -> Iterator[None]:
             layer.stand(*before[name])
 
 
+def _wide(layer: AdapterLinear) -> AdapterLinear:
+    """`layer`, or a copy in fp32 if some of its adapter is held in 16 bits and it would round at every step."""
+    dtypes = {t.dtype for t in layer.adapter_state().values() if t.is_floating_point()}
+    if all(dtype.itemsize >= 4 for dtype in dtypes):
+        return layer
+    return copy.deepcopy(layer).float()
+
+
 @torch.no_grad()
 def _merge_one(name: str, layer: AdapterLinear) -> tuple[Tensor, MergedLayer]:
-    exact = layer.effective_weight()
+    exact = _wide(layer).effective_weight()
     if not torch.isfinite(exact).all():
         bad = int((~torch.isfinite(exact)).sum())
         raise ValueError(

@@ -69,28 +69,34 @@ def find_targets(
     """
     if type(model) is nn.Linear:
         raise ValueError("the model is itself an nn.Linear and has no parent to put an adapter into; use from_linear.")
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    in_heads = {name for name in linears if any(name == h or name.startswith(f"{h}.") for h in heads)}
+    # A layer that the model holds under several names may be meant by any of them.
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
+    in_heads = {m for name, m in linears.items() if any(name == h or name.startswith(f"{h}.") for h in heads)}
     kind = f"nn.Linear of {type(model).__name__}"
     if callable(targets):
-        found = {name: m for name, m in linears.items() if targets(name, m)}
+        wanted = {m for name, m in linears.items() if targets(name, m)}
     elif targets == "all-linear":
-        found = {name: m for name, m in linears.items() if name not in in_heads}
+        wanted = {m for m in linears.values() if m not in in_heads}
     else:
-        wanted = {name for pattern in as_patterns(targets) for name in _require_linear(model, pattern, linears, kind)}
-        found = {name: m for name, m in linears.items() if name in wanted}
+        wanted = {linears[name] for pattern in as_patterns(targets) for name in _require_linear(model, pattern, linears, kind)}
+    candidates = [name for name, m in linears.items() if m in wanted]
     for pattern in as_patterns(exclude):
-        for name in require_match("exclude", pattern, found, f"target of {type(model).__name__}"):
-            found.pop(name, None)
-    if not found:
-        raise ValueError(f"the targets {_describe(targets)} leave no {kind} to adapt; it has {len(linears)} in all.")
-    for name, linear in found.items():
-        if name in in_heads:
-            raise ValueError(
-                f"{name!r} is both a target and part of what `trainable` trains in full; take it out of one of the two."
-            )
-        _check_can_carry(model, name, linear)
-    return found
+        matched = require_match("exclude", pattern, candidates, f"target of {type(model).__name__}")
+        wanted -= {linears[name] for name in matched}
+    if not wanted:
+        count = len(set(linears.values()))
+        raise ValueError(f"the targets {_describe(targets)} leave no {kind} to adapt; it has {count} in all.")
+    for name, linear in linears.items():
+        if linear in wanted:
+            if linear in in_heads:
+                raise ValueError(both_target_and_trained(name))
+            _check_can_carry(model, name, linear)
+    return {name: m for name, m in model.named_modules() if m in wanted}
+
+
+def both_target_and_trained(name: str) -> str:
+    """What to say of a layer that is to be adapted and to be trained in full."""
+    return f"{name!r} is both a target and part of what `trainable` trains in full; take it out of one of the two."
 
 
 def resolve_pattern(what: str, patterns: Mapping[str, Value] | None, names: Iterable[str]) -> dict[str, Value]:
@@ -107,11 +113,15 @@ def resolve_pattern(what: str, patterns: Mapping[str, Value] | None, names: Iter
 
 
 def _require_linear(model: nn.Module, pattern: str, linears: Mapping[str, nn.Linear], kind: str) -> list[str]:
-    others = [f"{type(m).__name__} {name!r}" for name, m in model.named_modules() if name and matches(name, pattern)]
-    if others and not any(matches(name, pattern) for name in linears):
+    others = [(name, m) for name, m in model.named_modules() if name and name not in linears and matches(name, pattern)]
+    if any(matches(name, pattern) for name in linears):
+        # A plain name that also means a subclass would adapt only some of the layers that it seems to promise.
+        others = [] if set(pattern) & set("*?[") else [(name, m) for name, m in others if isinstance(m, nn.Linear)]
+    if others:
+        name, module = others[0]
         raise ValueError(
-            f"target {pattern!r} matches {others[0]} of {type(model).__name__}, but only layers of the exact type nn.Linear "
-            "can be adapted (a subclass may compute something else)."
+            f"target {pattern!r} matches {type(module).__name__} {name!r} of {type(model).__name__}, but only layers of the "
+            "exact type nn.Linear can be adapted (a subclass may compute something else); a glob leaves the others out."
         )
     return require_match("target", pattern, linears, kind)
 

@@ -96,8 +96,8 @@ class DoRALinear(AdapterLinear):
 
         def apply(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if (tensor is magnitude or tensor is gradient) and result.dtype.itemsize < magnitude.dtype.itemsize:
-                return tensor.to(result.device)  # move it, but keep its precision
+            if (tensor is magnitude or tensor is gradient) and result.dtype.itemsize < 4:
+                return tensor.to(result.device, torch.float32)
             return result
 
         return super()._apply(apply, recurse)

@@ -46,7 +46,7 @@ def param_groups(
     for name, value in {"lr": lr, "head_lr": head_lr, "lora_plus_ratio": lora_plus_ratio}.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}.")
-    if weight_decay < 0:
+    if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}.")
     layers = [m for m in model.modules() if isinstance(m, AdapterLinear)]
     owner = {id(p): key for layer in layers for key, p in layer.adapter_parameters().items()}
