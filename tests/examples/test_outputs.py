@@ -133,7 +133,7 @@ def test_ensemble_errors(runs, tmp_path, tables):
     moved = tmp_path / "moved"
     write_json(moved / "settings.json", {"settings": {**settings, "data": str(other)}, "environment": {}})
     (moved / "best.safetensors").write_bytes((runs["full"] / "best.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="reads other examples of task 'sst' than .*; give one --data for all"):
+    with pytest.raises(ValueError, match=r"reads other examples of task 'sst' than .*; give one --data for all"):
         ensemble([runs["full"], moved])
 
 

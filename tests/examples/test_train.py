@@ -158,7 +158,8 @@ def test_learning_rate_multiplier_scales_the_rate_of_its_tasks_steps(tiny):
 
 
 def test_accumulation_gives_the_gradient_of_one_large_batch(tiny, tmp_path):
-    options = {"method": "full", "tasks": "sts", "backbone_dropout": 0.0, "head_dropout": 0.0, "clip": 0.0, "optimizer": "adamax"}
+    still = {"backbone_dropout": 0.0, "head_dropout": 0.0}
+    options = {"method": "full", "tasks": "sts", "clip": 0.0, "optimizer": "adamax", **still}
     gradients = []
     for accumulate, batch_size in ((2, 10), (1, 20)):
         settings = tiny(**options, accumulate=accumulate, batch_size=batch_size, output=str(tmp_path / str(batch_size)))
@@ -237,3 +238,10 @@ def test_help_lists_every_setting():
     )
     for field in dataclasses.fields(Settings):
         assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+def test_readme_table_is_the_settings():
+    text = (ROOT / "examples/minbert_multitask/README.md").read_text()
+    for field in dataclasses.fields(Settings):
+        default = "" if field.default in (None, "") else "off" if field.default is False else f"`{field.default}`"
+        assert f"| `--{field.name.replace('_', '-')}` | {default} | {field.metadata['help']} |\n" in text
