@@ -129,6 +129,7 @@ def prepare_training(network: MultitaskBert, settings: Settings) -> None:
             method=settings.method,
             alpha=settings.alpha,
             dropout=settings.dropout,
+            base_dtype=torch.bfloat16 if settings.base_dtype == "bf16" else None,
             seed=settings.seed,
         )
     elif settings.method == "linear-probe":

@@ -86,6 +86,17 @@ def test_defaults_depend_on_the_method_and_are_recorded():
     assert Settings(method="full", lr=3e-5).resolved().lr == 3e-5
 
 
+def test_base_dtype_follows_amp_and_only_under_adapters(tiny):
+    settings = tiny(amp="bf16", targets="attn").resolved()
+    network, _ = build_network(settings)
+    prepare_training(network, settings)
+    layer = network.backbones["shared"].encoder.layer[0]
+    assert layer.attention.self.query.weight.dtype == torch.bfloat16
+    assert layer.output.dense.weight.dtype == torch.float32
+    assert Settings(amp="bf16", base_dtype="fp32").resolved().base_dtype == "fp32"
+    assert Settings().resolved().base_dtype == "fp32"
+
+
 def test_targets():
     assert Settings(targets="attn").target_names() == ["query", "key", "value"]
     assert Settings(targets="query, value").target_names() == ["query", "value"]
