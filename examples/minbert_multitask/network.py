@@ -129,6 +129,7 @@ def prepare_training(network: MultitaskBert, settings: Settings) -> None:
             method=settings.method,
             alpha=settings.alpha,
             dropout=settings.dropout,
+            # Held in the dtype that autocast would cast them to, or it would do so anew in every forward
             base_dtype=torch.bfloat16 if settings.base_dtype == "bf16" else None,
             seed=settings.seed,
         )
