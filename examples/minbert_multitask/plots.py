@@ -35,7 +35,7 @@ def _label(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_ylabel(y, fontsize=9, color=INK)
 
 
-def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
+def smooth(values: list[float], share: float = 0.12) -> np.ndarray:
     """Centred moving mean of `values` over a window of that share of them; ends use what there is of the window."""
     half = int(len(values) * share / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -132,9 +132,9 @@ def duplicate_histogram(logits: Tensor, labels: Tensor) -> Figure:
     bins = np.linspace(0, 1, 41)
     for mask, name, colour in ((~truth, "no duplicates", "#8a94a3"), (truth, "duplicates", COLOURS["quora"])):
         ax.hist(probability[mask], bins, color=colour, alpha=0.65, label=f"{name} ({mask.sum():,})")
-    ax.axvline(0.5, color=INK, linewidth=1, linestyle="--")
+    ax.axvline(0.5, 0, 0.82, color=INK, linewidth=1, linestyle="--")
     ax.set_xlim(0, 1)
-    ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.55, 1))
+    ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1))
     accuracy = ((probability > 0.5) == truth).mean()
     _label(ax, f"Quora: accuracy {accuracy:.3f}", "predicted probability of a duplicate", "pairs")
     return figure

@@ -122,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         trainer.run()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the state is that of the last step: nothing to save
+        # The state is that of the last step, so there is nothing left to save: stop at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         show(finish(trainer), folder)
     except (TrainingStoppedError, KeyboardInterrupt):
         print(
