@@ -57,13 +57,13 @@ def member_networks(runs: Sequence[str | Path], **changes: object) -> Iterator[t
 
     A network is good until the next one is asked for, which takes its adapters off the BERT.
     """
-    bases: dict[tuple[str, str], tuple[BertModel, Path]] = {}
+    bases: dict[tuple[str, ...], tuple[BertModel, Path]] = {}
     for path in runs:
         settings = Settings(**{**RunFolder(path).read_settings(), **changes}).resolved()
         if not shares_base(settings):
             yield load_run(path, **changes)
             continue
-        key = (settings.weights, settings.device)
+        key = (settings.weights, settings.device, settings.base_dtype)
         if key not in bases:
             bases[key] = load_bert(settings.weights)
         bert, folder = bases[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,11 @@ from pathlib import Path
 import torch
 
 import peftlite
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 
 def environment() -> dict[str, str | int | None]:
@@ -29,8 +33,10 @@ def environment() -> dict[str, str | int | None]:
 
 def peak_memory_mb() -> dict[str, float]:
     """Largest resident memory of this process so far and, on CUDA, of torch on the device, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-    found = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    found = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+        found["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     if torch.cuda.is_available():
         found["peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return found

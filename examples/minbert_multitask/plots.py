@@ -35,7 +35,7 @@ def _label(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_ylabel(y, fontsize=9, color=INK)
 
 
-def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
+def smooth(values: list[float], share: float = 0.12) -> np.ndarray:
     """Centred moving mean of `values` over a window of that share of them; ends use what there is of the window."""
     half = int(len(values) * share / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -54,7 +54,8 @@ def learning_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> Figure:
         if points:
             epochs, losses = (list(column) for column in zip(*points, strict=True))
             left.plot(epochs, losses, color=COLOURS[task], alpha=0.25, linewidth=1)
-            left.plot(epochs, smooth(losses), color=COLOURS[task], linewidth=1.8, label=TASKS[task].title)
+            style = {"marker": "o", "markersize": 4} if len(losses) < 3 else {}  # a line of one point is not seen
+            left.plot(epochs, smooth(losses), color=COLOURS[task], linewidth=1.8, label=TASKS[task].title, **style)
     _label(left, "Training loss", "epoch", "loss")
     if tasks and left.lines:
         left.set_ylim(bottom=0)
@@ -68,8 +69,8 @@ def learning_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> Figure:
         ends.append((values[-1], name, COLOURS[task]))
     best = [row for row in rows if row["best"]][-1]
     right.axvline(best["epoch"], color=FAINT, linewidth=1, linestyle="--", zorder=0)
-    right.annotate("best", (best["epoch"], 1), xycoords=("data", "axes fraction"), xytext=(-3, -3),
-                   textcoords="offset points", fontsize=8, color="#7d848f", ha="right", va="top")  # fmt: skip
+    right.annotate("best", (best["epoch"], 0), xycoords=("data", "axes fraction"), xytext=(-3, 3),
+                   textcoords="offset points", fontsize=8, color="#7d848f", ha="right", va="bottom")  # fmt: skip
     _label(right, "Dev scores", "epoch", "accuracy or r")
     low, high = right.get_ylim()
     place = -np.inf
@@ -78,6 +79,7 @@ def learning_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> Figure:
         right.annotate(f"{name} {value:.3f}", (1.01, place), xycoords=("axes fraction", "data"), color=colour,
                        fontsize=9, va="center", annotation_clip=False)  # fmt: skip
     for ax in (left, right):
+        ax.set_xlim(left=0)
         ax.grid(axis="y", color="#edf0f3")
         ax.set_axisbelow(True)
     return figure
@@ -130,9 +132,9 @@ def duplicate_histogram(logits: Tensor, labels: Tensor) -> Figure:
     bins = np.linspace(0, 1, 41)
     for mask, name, colour in ((~truth, "no duplicates", "#8a94a3"), (truth, "duplicates", COLOURS["quora"])):
         ax.hist(probability[mask], bins, color=colour, alpha=0.65, label=f"{name} ({mask.sum():,})")
-    ax.axvline(0.5, color=INK, linewidth=1, linestyle="--")
+    ax.axvline(0.5, 0, 0.82, color=INK, linewidth=1, linestyle="--")
     ax.set_xlim(0, 1)
-    ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.55, 1))
+    ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1))
     accuracy = ((probability > 0.5) == truth).mean()
     _label(ax, f"Quora: accuracy {accuracy:.3f}", "predicted probability of a duplicate", "pairs")
     return figure

@@ -67,7 +67,8 @@ def _cost(result: dict[str, Any]) -> dict[str, str]:
     }
     for task, seconds in result["train_seconds_per_task"].items():
         rows[f"  of it {TASKS[task].title}"] = _duration(seconds)
-    rows["peak memory"] = f"{result['memory']['peak_rss_mb']:,.0f} MiB resident"
+    if "peak_rss_mb" in result["memory"]:
+        rows["peak memory"] = f"{result['memory']['peak_rss_mb']:,.0f} MiB resident"
     if "peak_cuda_mb" in result["memory"]:
         rows["peak GPU memory"] = f"{result['memory']['peak_cuda_mb']:,.0f} MiB"
     return rows

@@ -122,13 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         trainer.run()
-    except TrainingStoppedError:
+        # The state is that of the last step, so there is nothing left to save: stop at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        show(finish(trainer), folder)
+    except (TrainingStoppedError, KeyboardInterrupt):
         print(
             f"stopped at step {trainer.step} of {len(trainer.plan)}; the state is saved. Go on with\n"
             f"  python -m examples.minbert_multitask.train --output {settings.output} --resume"
         )
         return 130
-    show(finish(trainer), folder)
     return 0
 
 
