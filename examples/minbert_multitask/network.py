@@ -1,0 +1,142 @@
+"""The network: one or two BERTs with a head per task, the adapters in it, and what of it trains."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import peftlite
+from examples.minbert_multitask.data import Batch
+from examples.minbert_multitask.heads import CosineHead, OrdinalHead, make_head, pair_features
+from examples.minbert_multitask.model import BertModel
+from examples.minbert_multitask.settings import Settings
+from examples.minbert_multitask.tasks import TASKS
+from examples.minbert_multitask.weights import load_bert
+
+# Slope and offset of the cosine at the start. A similarity is 0..5 where the cosine is 0..1; the logit of a duplicate
+# is 0 at the cosine where sentence-tuned encoders part duplicates from the rest, and about +-3 at either end of the
+# usual range.
+COSINE_START = {"sts": (5.0, 0.0), "quora": (10.0, -7.5)}
+
+
+class MultitaskBert(nn.Module):
+    """Logits of any of its tasks, `forward(task, batch) -> (B, outputs)` in fp32.
+
+    Args:
+        bert: The pretrained backbone; with `settings.backbones == 2` one for the sentiment tasks, and a copy for the
+        pairs. settings: Tasks, pooling, heads. The heads' first values depend on (seed, task) alone.
+    """
+
+    def __init__(self, bert: BertModel, settings: Settings) -> None:
+        super().__init__()
+        self.pooling, self.cross_encoder = settings.pooling, settings.cross_encoder
+        names = settings.task_names()
+        if settings.backbones == 2:
+            self.backbones = nn.ModuleDict({"sentiment": bert, "pairs": copy.deepcopy(bert)})
+            self.backbone_of = {task: "pairs" if TASKS[task].pair else "sentiment" for task in names}
+        else:
+            self.backbones = nn.ModuleDict({"shared": bert})
+            self.backbone_of = dict.fromkeys(names, "shared")
+        self.dropout = nn.Dropout(settings.head_dropout)
+        self.heads = nn.ModuleDict()
+        for task in names:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(zlib.crc32(f"{settings.seed}/{task}".encode()))
+                self.heads[task] = self._make_head(task, bert.config.hidden_size, settings)
+        if settings.backbone_dropout is not None:
+            for module in self.backbones.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = settings.backbone_dropout
+                elif hasattr(module, "dropout_prob"):
+                    module.dropout_prob = settings.backbone_dropout
+
+    def _make_head(self, task: str, hidden: int, settings: Settings) -> nn.Module:
+        if task == "sst" and settings.sst_loss == "ordinal":
+            return OrdinalHead(make_head(settings.head, hidden, 1), TASKS[task].outputs)
+        if not TASKS[task].pair or self.cross_encoder:
+            return make_head(settings.head, hidden, TASKS[task].outputs)
+        return CosineHead(make_head(settings.head, 4 * hidden + 1, 1), *COSINE_START[task])
+
+    def encode(self, task: str, batch: Batch) -> Tensor:
+        """Sentence vectors, `(B, H)`, or `(2B, H)` for the pairs of a bi-encoder: first sentences, then second ones."""
+        bert = self.backbones[self.backbone_of[task]]
+        hidden = bert(batch.input_ids, batch.attention_mask, batch.token_type_ids).float()  # (R, T, H)
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)  # (R, T, 1)
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def forward(self, task: str, batch: Batch) -> Tensor:
+        pooled = self.encode(task, batch)
+        # Heads stay in fp32: they are small, and a correlation or a cosine rounded to 8 bits is worth little.
+        with torch.autocast(pooled.device.type, enabled=False):
+            if TASKS[task].pair and not self.cross_encoder:
+                u, v = pooled.chunk(2)
+                pooled = pair_features(u, v)
+                # Dropout would tear the cosine away, on which the whole answer starts
+                pooled = torch.cat([self.dropout(pooled[:, :-1]), pooled[:, -1:]], dim=-1)
+            else:
+                pooled = self.dropout(pooled)
+            return self.heads[task](pooled)
+
+
+def layer_count(network: MultitaskBert) -> int:
+    """Number of transformer layers in each backbone."""
+    return next(iter(network.backbones.values())).config.num_hidden_layers
+
+
+def build_network(settings: Settings, bert: BertModel | None = None) -> tuple[MultitaskBert, Path]:
+    """The network before any training, without adapters, and the folder with the tokenizer's files.
+
+    Args:
+        settings: Resolved settings.
+        bert: A backbone that is loaded already; it is used itself, not copied.
+    """
+    loaded, folder = load_bert(settings.weights)
+    return MultitaskBert(bert if bert is not None else loaded, settings), folder
+
+
+def prepare_training(network: MultitaskBert, settings: Settings) -> None:
+    """Inject the adapters and freeze what the method does not train. Heads always train.
+
+    Raises:
+        ValueError: If a target matches nothing, the rank does not fit, ... (from `peftlite.inject_adapters`).
+    """
+    if settings.has_adapters():
+        peftlite.inject_adapters(
+            network.backbones,
+            settings.target_names(),
+            settings.rank,
+            method=settings.method,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            seed=settings.seed,
+        )
+    elif settings.method == "linear-probe":
+        network.backbones.requires_grad_(False)
+
+
+def adapted_parameters(network: MultitaskBert) -> set[int]:
+    """`id`s of all parameters of the adapted layers: their adapters, and the base weights and biases below them."""
+    layers = peftlite.adapters(network.backbones).values()
+    return {id(parameter) for layer in layers for parameter in layer.parameters()}
+
+
+def parameter_counts(network: MultitaskBert, trained: list[nn.Parameter]) -> dict[str, float]:
+    """Parameters of backbone and heads, how many of the backbone's `trained`, and their share of the backbone.
+
+    Adapters do not count as part of the backbone that they are compared with.
+    """
+    ids = {id(parameter) for parameter in trained}
+    backbone = list(network.backbones.parameters())
+    adapter_ids = {
+        id(p) for a in peftlite.adapters(network.backbones).values() for p in a.adapter_parameters().values()
+    }
+    base = sum(p.numel() for p in backbone if id(p) not in adapter_ids)
+    count = sum(p.numel() for p in backbone if id(p) in ids)
+    heads = sum(p.numel() for p in network.heads.parameters())
+    return {"backbone": base, "trained_backbone": count, "trained_share": count / base, "heads": heads}
