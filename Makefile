@@ -36,7 +36,7 @@ demo: $(VENV)/.examples $(VENV)/.weights
 	@echo '==> train three tasks at once on the embedded sample; progress and report go to $(OUTPUT)'
 	@echo '    Ctrl-C saves and stops; go on with'
 	@echo '    $(BIN)/python -m $(EXAMPLE).train --output $(OUTPUT) --resume'
-	$(BIN)/python -m $(EXAMPLE).train --output $(OUTPUT) --epochs 12 --batch-size 16 --head-lr 3e-3 $(ARGS)
+	$(BIN)/python -m $(EXAMPLE).train --output $(OUTPUT) --epochs 6 --batch-size 16 --head-lr 3e-3 $(ARGS)
 
 test: times-new $(VENV)/.test $(VENV)/.weights
 	$(call stage,ruff: style and imports,$(BIN)/python -m ruff check .)
