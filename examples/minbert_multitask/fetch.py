@@ -15,6 +15,7 @@ interrupted run is continued by the same command.
 
 import argparse
 import csv
+import http.client
 import json
 import os
 import sys
@@ -93,7 +94,7 @@ def _open(url: str) -> Any:
         raise FetchError(f"{url} is not an http(s) address; give --endpoint as in {ENDPOINT}")
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers={"User-Agent": "peftlite"}), timeout=TIMEOUT)
-    except OSError as error:  # URLError and HTTPError are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
         raise FetchError(f"cannot download {url}: {error}; run the same command again") from error
 
 
@@ -133,7 +134,7 @@ def _lines(url: str, title: str) -> Iterator[bytes]:
             while True:
                 try:
                     line = response.readline()
-                except OSError as error:
+                except (OSError, http.client.HTTPException) as error:
                     raise FetchError(f"the download of {url} broke off: {error}; run the same command again") from error
                 if not line:
                     break

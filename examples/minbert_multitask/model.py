@@ -10,6 +10,7 @@ Sizes: B sequences in the batch, T tokens, H hidden, nh heads, hs = H / nh, I in
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,10 @@ from torch import Tensor, nn
 
 # The names that BERT checkpoints use in `hidden_act`; the tanh forms are one formula under three names.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_python": nn.GELU,
-    "gelu_new": lambda: nn.GELU(approximate="tanh"),
-    "gelu_fast": lambda: nn.GELU(approximate="tanh"),
-    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), nn.GELU),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), partial(nn.GELU, approximate="tanh")),
+    **dict.fromkeys(("silu", "swish"), nn.SiLU),
     "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
 }
 
 
@@ -50,10 +47,8 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                "each head takes an equal share of the hidden features"
-            )
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads}: heads share it equally")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
 
@@ -62,8 +57,7 @@ class BertConfig:
         """Read a Hugging Face `config.json`. Keys that do not change the computation of a BERT are ignored.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: not JSON, a size is missing, or the file describes a model that is not this BERT.
+            FileNotFoundError, ValueError: no such file; not JSON, a size is missing, or not the model computed here.
         """
         path = Path(path)
         if not path.is_file():
@@ -102,12 +96,21 @@ class BertEmbeddings(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, T, H)
-        x = x + self.position_embeddings.weight[:T]  # (B, T, H)
-        return self.dropout(self.LayerNorm(x))
+        return self.dropout(self.LayerNorm(x + self.position_embeddings.weight[:T]))  # (B, T, H)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """`dropout(softmax(q kᵀ / √hs + mask)) v`, `(B, nh, T, hs)` each (Vaswani et al. 2017, arXiv:1706.03762, §3.2)."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+        # torch's CPU kernel takes ten times as long backward in bf16 as these lines (torch 2.13)
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))  # (B, 1, 1, T)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # (B, nh, T, T)
+        return F.dropout(scores.softmax(-1), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 class BertSelfAttention(nn.Module):
-    """`softmax(q kᵀ / √hs + mask) v` in each head (Vaswani et al. 2017, arXiv:1706.03762, §3.2)."""
+    """`softmax(q kᵀ / √hs + mask) v` in each head, from queries, keys and values that are linear in the input."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -123,8 +126,7 @@ class BertSelfAttention(nn.Module):
         q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, nh, T, hs)
         k = self.key(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, nh, T, hs)
         v = self.value(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, nh, T, hs)
-        dropout = self.dropout_prob if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, nh, T, hs)
+        y = attention(q, k, v, mask, self.dropout_prob if self.training else 0.0)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B, T, H)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from examples.minbert_multitask.data import DATA_FILES, DEFAULT_FOLDER, TaskData
 from torch import Tensor
 
+from examples.minbert_multitask.data import DATA_FILES, DEFAULT_FOLDER, TaskData
 from examples.minbert_multitask.evaluate import load_data, load_run, run_options, task_outputs, token_cache
 from examples.minbert_multitask.run_folder import RunFolder, write_text
 from examples.minbert_multitask.tasks import TASKS, predictions

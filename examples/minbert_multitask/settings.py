@@ -26,6 +26,7 @@ PLAIN_METHODS = ("full", "linear-probe")  # those without adapters
 DEFAULT_LR = {"full": 1e-4, "linear-probe": 1e-3}  # and 1e-3 for adapters: a frozen base learns too little at 1e-4
 CHOICES = {
     "amp": ("off", "bf16", "fp16"),
+    "base_dtype": ("auto", "fp32", "bf16"),
     "optimizer": ("adamw", "adamax"),
     "lr_schedule": LR_SCHEDULES,
     "sampling": SAMPLINGS,
@@ -66,6 +67,7 @@ class Settings:
     sst_loss: str = _option("cross-entropy", "cross-entropy, or ordinal (cumulative link)")
     sts_loss: str = _option("mse", "mse, or pearson (1 - r over the batch)")
     amp: str = _option("off", "autocast of the backbone: off, bf16 or fp16 (CUDA only)")
+    base_dtype: str = _option("auto", "dtype of the frozen weights under adapters: fp32, bf16, or auto: bf16 if --amp is")
     optimizer: str = _option("adamw", "adamw or adamax")
     lr: float | None = _option(None, "peak learning rate; default: 1e-4 for full, else 1e-3")
     head_lr: float | None = _option(None, "peak learning rate of the heads; default: 1e-3")
@@ -171,6 +173,7 @@ class Settings:
             self,
             lr=self.lr if self.lr is not None else DEFAULT_LR.get(self.method, 1e-3),
             head_lr=self.head_lr if self.head_lr is not None else 1e-3,
+            base_dtype=("bf16" if self.amp == "bf16" else "fp32") if self.base_dtype == "auto" else self.base_dtype,
             device=device,
             threads=self.threads if self.threads is not None else torch.get_num_threads(),
         )

@@ -89,7 +89,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     elif index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of shards: it should hold a weight_map") from error
         shards = [folder / name for name in sorted(names)]
     elif pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):

@@ -1,0 +1,223 @@
+"""Deterministic meters: FLOPs, bytes saved for backward, peak bytes of a forward, operations dispatched.
+
+They count what a computation does, not how long it takes, so the same code gives the same figures on any machine, busy
+or idle. All of them watch the ATen operations below autograd, and so see inside a `torch.autograd.Function`. An
+operation registered with `torch.library` is one opaque node at that level; `_OpenCustomOps` opens it, so that its body
+counts too. Out of sight stay kernels launched past ATen (Triton), scratch memory inside a single ATen operation, and
+tensors that a function hides from autograd by setting them as attributes of its context.
+"""
+
+import re
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_BACKENDS = ("CPU", "CUDA", "CompositeExplicitAutograd")
+# Operations that multiply matrices, by name: one of these without a formula would be a silent zero in the sum.
+_MATMUL_LIKE = re.compile(r"(mm|mv|dot)_?$|attention|linear|convolution")
+
+
+class _OpenCustomOps(TorchDispatchMode):
+    """Runs the body of an operation registered with `torch.library` under the modes that were active around it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace in ("aten", "prims", "prim"):
+            # Below autograd, as in a custom operation's body, `matmul` and its like arrive before they are taken apart.
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
+        devices = {leaf.device.type.upper() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for backend in _BACKENDS:
+            key = getattr(torch._C.DispatchKey, backend)
+            fits = backend in devices or backend == "CompositeExplicitAutograd"
+            if fits and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+                # A mode is switched off inside its own handler; entering it again lets it see the body's ATen calls.
+                with self:
+                    return func._op_dk(key, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _matmul_flop(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * a_shape.numel() * (b_shape[-1] if len(b_shape) > 1 else 1)
+
+
+def _added_matmul_flop(c_shape: Any, a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return _matmul_flop(a_shape, b_shape)
+
+
+def _attention_flop(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+
+def _attention_backward_flop(grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad_shape, q_shape, k_shape, v_shape)
+
+
+def _extra_formulas() -> dict[Any, Callable[..., int]]:
+    """FLOP formulas for matrix products that torch's own counter leaves at zero, as in-place and CPU variants."""
+    aten = torch.ops.aten
+    return {
+        aten.addmm_: _added_matmul_flop,
+        aten.baddbmm_: _added_matmul_flop,
+        aten.addmv: _added_matmul_flop,
+        aten.addmv_: _added_matmul_flop,
+        aten.mv: _matmul_flop,
+        aten.dot: _matmul_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+    }
+
+
+class _RefuseUncounted(TorchDispatchMode):
+    """Raises when an operation multiplies matrices and no formula says how many FLOPs that is."""
+
+    def __init__(self, known: Iterable[Any]) -> None:
+        super().__init__()
+        self._known = set(known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        packet = func._overloadpacket
+        if func.namespace == "aten" and packet not in self._known and _MATMUL_LIKE.search(packet.__name__):
+            raise NotImplementedError(
+                f"FLOPs asked of a computation that calls {packet}, for which no formula is known, so the sum would be "
+                "too small; add its formula to benchmarks/meters.py"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def flops(function: Callable[[], object]) -> int:
+    """FLOPs of the matrix products, convolutions and attentions in `function()`; a multiply-add is 2.
+
+    Element-wise work counts nothing: it is bound by memory, and `count_operations` and the byte meters show it.
+
+    Raises:
+        NotImplementedError: an operation looks like a matrix product and has no formula.
+    """
+    extra = _extra_formulas()
+    counter = FlopCounterMode(display=False, custom_mapping=extra)
+    with counter, _RefuseUncounted([*flop_registry, *extra]), _OpenCustomOps():
+        function()
+    return counter.get_total_flops()
+
+
+def count_operations(function: Callable[[], object]) -> Counter[str]:
+    """How often `function()` dispatches each ATen operation; views, which compute nothing, are left out."""
+    counts: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if not func.is_view:
+                counts[str(func._overloadpacket)] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count(), _OpenCustomOps():
+        function()
+    return counts
+
+
+class Saved(NamedTuple):
+    """Bytes held for the backward pass and the number of distinct storages that hold them."""
+
+    bytes: int
+    storages: int
+
+
+def saved_for_backward(function: Callable[[], object], *, exclude: Iterable[nn.Module | Tensor] = ()) -> Saved:
+    """Bytes that autograd keeps between the forward `function()` and its backward, each storage counted once, whole.
+
+    A storage counts once however many operations, or views, save it: an output that an adapter layer and its consumer
+    both keep costs its memory once.
+
+    Args:
+        function: the forward pass; what it returns is dropped.
+        exclude: modules, whose parameters and buffers do not count, and tensors (the input batch), which do not either:
+            they stay in memory without the backward as well.
+    """
+    there: set[int] = set()
+    for item in exclude:
+        tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
+        there.update(tensor.untyped_storage()._cdata for tensor in tensors)
+    # The storages themselves are kept: an address that is freed and used again would hide the second tensor.
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in there:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return Saved(sum(storage.nbytes() for storage in saved.values()), len(saved))
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the storages that operations create, from creation to the end of their last reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._live: dict[int, int] = {}  # storage identity -> bytes
+        self._finalizers: list[weakref.finalize] = []
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for finalizer in self._finalizers:
+            finalizer.detach()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        known = {storage._cdata for storage in given}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                # An output whose storage came in is a view or an in-place write, of ours or of the surroundings'.
+                if storage._cdata not in known and storage._cdata not in self._live:
+                    self._born(storage)
+        for storage in given:  # `resize_` and `out=` may grow a storage in place
+            if storage._cdata in self._live:
+                self._set(storage._cdata, storage.nbytes())
+        return result
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        finalizer = weakref.finalize(storage, self._died, storage._cdata)
+        finalizer.atexit = False
+        self._finalizers.append(finalizer)
+        self._set(storage._cdata, storage.nbytes())
+
+    def _set(self, identity: int, nbytes: int) -> None:
+        self.current += nbytes - self._live.get(identity, 0)
+        self._live[identity] = nbytes
+        self.peak = max(self.peak, self.current)
+
+    def _died(self, identity: int) -> None:
+        self.current -= self._live.pop(identity)
+
+
+class Transient(NamedTuple):
+    """Bytes of the tensors created by a computation: the most alive at once, and those alive at its end."""
+
+    peak: int
+    kept: int
+
+
+def transient_bytes(function: Callable[[], object]) -> Transient:
+    """Peak of the bytes alive at once among the storages that `function()` creates, and the bytes alive when it ends.
+
+    What `function` returns counts as kept, with everything that its graph saved.
+    """
+    with _LiveStorages() as live, _OpenCustomOps():
+        result = function()
+        figures = Transient(live.peak, live.current)
+    del result
+    return figures

@@ -1,0 +1,36 @@
+"""Cells of result files as text for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def _three(values: Sequence[float], form: str) -> str:
+    median, low, high = (format(value, form) for value in values)
+    return f"{median} ({low}..{high})"
+
+
+def steps_table(cell: Mapping[str, Any]) -> str:
+    """A cell of `benchmarks.steps` as text: machine, one line per candidate, one line per ratio."""
+    facts, figures = cell["machine"], cell["figures"]
+    commit = (facts["commit"] or "no commit")[:10] + (" with changes" if facts["dirty"] else "")
+    lines = [
+        f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, {commit}, "
+        f"{facts['date']}, load {facts['load_average']}; {figures['checks']} checks green",
+        f"medians (20..80 %); x: share of {figures['baseline']}, pairs of a round; ops: forward+backward+optimizer",
+        f"{'candidate':24}{'step ms':>26}{'forward':>9}{'backward':>9}{'optim.':>8}{'x wall':>22}{'x CPU':>22}"
+        f"{'GFLOP':>8}{'saved MiB':>10}{'peak MiB':>9}{'ops':>16}{'trained':>12}",
+    ]
+    for name, row in figures["candidates"].items():
+        ms = {phase: values[0] for phase, values in row["ms"].items()}
+        wall, cpu = (_three(row["relative"][k], ".2f") if "relative" in row else "-" for k in ("step", "cpu"))
+        lines.append(
+            f"{name:24}{_three(row['ms']['step'], '.1f'):>26}{ms['forward']:9.1f}{ms['backward']:9.1f}"
+            f"{ms['optimizer']:8.1f}{wall:>22}{cpu:>22}{row['gflop']:8.2f}{row['saved_mib']:10.1f}"
+            f"{row['forward_peak_mib']:9.1f}{'+'.join(map(str, row['operations'].values())):>16}{row['trained']:12,d}"
+        )
+    for name, row in figures["ratios"].items():
+        lines.append(
+            f"{name}: time {_three(row['step'], '.3f')}, CPU time {_three(row['cpu'], '.3f')}, "
+            f"FLOPs {row['gflop']:.3f}, saved {row['saved_mib']:.3f}, forward peak {row['forward_peak_mib']:.3f}"
+        )
+    return "\n".join(lines)
