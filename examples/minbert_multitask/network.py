@@ -67,7 +67,8 @@ class MultitaskBert(nn.Module):
         """Sentence vectors, `(B, H)`, or `(2B, H)` for the pairs of a bi-encoder: first sentences, then second ones."""
         bert = self.backbones[self.backbone_of[task]]
         with _attention_kernel(batch.input_ids):
-            hidden = bert(batch.input_ids, batch.attention_mask, batch.token_type_ids).float()  # (R, T, H)
+            hidden = bert(batch.input_ids, batch.attention_mask, batch.token_type_ids)  # (R, T, H)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.pooling == "cls":
             return hidden[:, 0]
         mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)  # (R, T, 1)

@@ -54,7 +54,8 @@ def learning_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> Figure:
         if points:
             epochs, losses = (list(column) for column in zip(*points, strict=True))
             left.plot(epochs, losses, color=COLOURS[task], alpha=0.25, linewidth=1)
-            left.plot(epochs, smooth(losses), color=COLOURS[task], linewidth=1.8, label=TASKS[task].title)
+            style = {"marker": "o", "markersize": 4} if len(losses) < 3 else {}  # a line of one point is not seen
+            left.plot(epochs, smooth(losses), color=COLOURS[task], linewidth=1.8, label=TASKS[task].title, **style)
     _label(left, "Training loss", "epoch", "loss")
     if tasks and left.lines:
         left.set_ylim(bottom=0)
@@ -68,8 +69,8 @@ def learning_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> Figure:
         ends.append((values[-1], name, COLOURS[task]))
     best = [row for row in rows if row["best"]][-1]
     right.axvline(best["epoch"], color=FAINT, linewidth=1, linestyle="--", zorder=0)
-    right.annotate("best", (best["epoch"], 1), xycoords=("data", "axes fraction"), xytext=(-3, -3),
-                   textcoords="offset points", fontsize=8, color="#7d848f", ha="right", va="top")  # fmt: skip
+    right.annotate("best", (best["epoch"], 0), xycoords=("data", "axes fraction"), xytext=(-3, 3),
+                   textcoords="offset points", fontsize=8, color="#7d848f", ha="right", va="bottom")  # fmt: skip
     _label(right, "Dev scores", "epoch", "accuracy or r")
     low, high = right.get_ylim()
     place = -np.inf
@@ -78,6 +79,7 @@ def learning_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> Figure:
         right.annotate(f"{name} {value:.3f}", (1.01, place), xycoords=("axes fraction", "data"), color=colour,
                        fontsize=9, va="center", annotation_clip=False)  # fmt: skip
     for ax in (left, right):
+        ax.set_xlim(left=0)
         ax.grid(axis="y", color="#edf0f3")
         ax.set_axisbelow(True)
     return figure

@@ -14,11 +14,11 @@ class Progress:
     """Counts steps of a whole run; a resumed run starts at its step."""
 
     def __init__(self, total: int, start: int, *, quiet: bool = False) -> None:
-        self.total, self.start, self.done, self.quiet = total, start, start, quiet
+        self.total, self.done, self.quiet = total, start, quiet
         self.bar = None
         if sys.stderr.isatty() and not quiet:
             self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-        self.began = self.last_line = time.monotonic()
+        self.line_time, self.line_step = time.monotonic(), start
 
     def step(self, losses: dict[str, float] | None = None) -> None:
         """Count one step; `losses` are shown beside the bar."""
@@ -27,9 +27,9 @@ class Progress:
             self.bar.update()
             if losses:
                 self.bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
-        elif not self.quiet and time.monotonic() - self.last_line > LINE_EVERY:
-            self.last_line = time.monotonic()
-            rate = (self.done - self.start) / (self.last_line - self.began)
+        elif not self.quiet and (passed := time.monotonic() - self.line_time) > LINE_EVERY:
+            rate = (self.done - self.line_step) / passed  # of late, since evaluations would blur a mean over all
+            self.line_time, self.line_step = time.monotonic(), self.done
             left = (self.total - self.done) / rate
             print(f"step {self.done}/{self.total}, {rate:.1f} steps/s, {left / 60:.1f} min left", flush=True)
 
@@ -39,6 +39,7 @@ class Progress:
             self.bar.write(text)
         elif not self.quiet:
             print(text, flush=True)
+            self.line_time, self.line_step = time.monotonic(), self.done  # what comes before a line was no training
 
     def close(self) -> None:
         """End the bar."""
