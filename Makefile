@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TIMES := $(VENV)/stage-times
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Without --no-compile pip would compile every module of every package, of which few are ever imported.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 EXAMPLE := examples.minbert_multitask
 
 # $(call stage,NAME,COMMAND): say what runs, run it, note how long it took. NAME and COMMAND hold no commas.

@@ -61,7 +61,8 @@ def methods(table: Callable[[Cells, Sequence[Cells]], str], code: str) -> str:
         formula, source = describe(name)
         trained = sum(p.numel() for p in cls(WIDTH, WIDTH, RANK).adapter_parameters().values())
         rows.append([f'{code}"{name}"{code}', f"{code}{cls.__name__}{code}", f"{code}{formula}{code}", f"{trained:,}", source])
-    return table(["`method=`".replace("`", code), "class", "computes", f"trained, {WIDTH} → {WIDTH}, r = {RANK}", "source"], rows)
+    header = [f"{code}method={code}", "class", "computes", f"trained, {WIDTH} → {WIDTH}, r = {RANK}", "source"]
+    return table(header, rows)
 
 
 def sections() -> str:
@@ -96,16 +97,16 @@ def steps(found: Mapping[str, Any]) -> str:
         rows = []
         for name, row in figures["candidates"].items():
             relative = f"{row['relative']['step'][0]:.2f}" if "relative" in row else ""
-            rows.append(
-                [name, f"{row['ms']['step'][0]:.1f}", relative, f"{row['saved_mib']:.1f}", f"{row['gflop']:.2f}", f"{row['trained']:,}"]
-            )
+            time, saved = f"{row['ms']['step'][0]:.1f}", f"{row['saved_mib']:.1f}"
+            rows.append([name, time, relative, saved, f"{row['gflop']:.2f}", f"{row['trained']:,}"])
         header = ["", "step, ms", f"share of {figures['baseline']}", "saved for backward, MiB", "GFLOP", "trained"]
         pairs = [
             f"{name}: time {row['step'][0]:.3f}, saved {row['saved_mib']:.3f}, FLOPs {row['gflop']:.3f}"
             for name, row in figures["ratios"].items()
         ]
         state = " with changes" if facts["dirty"] else ""
-        where = f"{facts.get('gpu') or facts['cpu']}, {facts['threads']} threads, Python {facts['python']}, torch {facts['torch']}"
+        versions = f"Python {facts['python']}, torch {facts['torch']}"
+        where = f"{facts.get('gpu') or facts['cpu']}, {facts['threads']} threads, {versions}"
         note = f"{key}. {where}; commit `{(facts['commit'] or 'none')[:10]}`{state}. Medians of interleaved rounds."
         parts += [note, markdown_table(header, rows), *([f"Ratios: {'; '.join(pairs)}."] if pairs else [])]
     return "\n\n".join(parts)
