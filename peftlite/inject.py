@@ -34,6 +34,8 @@ def inject_adapters(
 ) -> Model:
     """Replace the target layers of `model` by adapted ones, in place, and freeze everything else.
 
+    After an error the model is exactly as it was.
+
     Args:
         model: any module. A layer that it holds under several names is replaced under all of them.
         targets: last segments of names (``"query"``), or globs on dotted names (``"encoder.*.query"``), or
@@ -59,8 +61,6 @@ def inject_adapters(
         ValueError: if an entry of `targets`, `trainable`, `exclude` or a pattern matches nothing, a value is out of
             range, a layer cannot carry an adapter, or the model carries adapters already.
         TypeError: for an option that the method does not have.
-
-        After an error the model is exactly as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))

@@ -28,7 +28,7 @@ class MergedLayer:
 
     @property
     def lost(self) -> float:
-        """Share of the update that the rounding lost: its error over the update's norm, 0 where there is no update."""
+        """Share of the update that the rounding lost, ``rounding_error / update_norm``; 0 where there is no update."""
         return self.rounding_error / self.update_norm if self.update_norm else 0.0
 
 
