@@ -121,16 +121,18 @@ def minbert(found: Mapping[str, Any]) -> str:
         dev = [f"{run['dev'][name]:.3f}" for name in scores]
         rows.append([run["name"], run["method"], rank, *dev, f"{run['share']:.2%}", f"{run['seconds'] / 60:.0f}"])
     header = ["run", "method", "rank", "SST acc.", "Quora acc.", "STS r", "overall", "trained", "minutes"]
-    where = ", ".join([_words(found["machine"]), _words(found["versions"])])
+    places = {_place(run) for run in found["runs"]}
     note = (
-        f"{where}; commit `{(found['commit'] or 'none')[:10]}`. Overall is (SST + Quora + (r + 1) / 2) / 3; minutes are of "
-        "training alone. Quora is trained on a 16 % subset, and the weights had Quora questions in their own training."
+        f"{'; '.join(sorted(places))}. Overall is (SST + Quora + (r + 1) / 2) / 3; minutes are of training alone. Quora is "
+        "trained on a 16 % subset, and the weights had Quora questions in their own training."
     )
     return f"{note}\n\n{markdown_table(header, rows)}"
 
 
-def _words(value: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, Mapping) else str(value)
+def _place(run: Mapping[str, Any]) -> str:
+    facts, settings = run["environment"], run["settings"]
+    where = f"{facts.get('gpu') or facts['cpu']}, {settings['threads']} thread(s), autocast {settings['amp']}"
+    return f"{where}, Python {facts['python']}, torch {facts['torch']}; commit `{(facts['commit'] or 'none')[:10]}`"
 
 
 def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
@@ -140,6 +142,7 @@ def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": lambda: methods(markdown_table, "`"), "results": results},
+    "examples/minbert_multitask/README.md": {"minbert": lambda: _read("minbert.json", minbert)},
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
 }
 
