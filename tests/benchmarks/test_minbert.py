@@ -18,7 +18,7 @@ def run_folder(path, method):
         "best_step": 10,
         "train_seconds": 90.0,
         "memory": {"peak_rss_mb": 1.0},
-        "settings": {"method": method, "rank": 8, "data": "/home/me/data", "output": "/home/me/run", "threads": 1, "amp": "bf16"},
+        "settings": {"method": method, "rank": 8, "threads": 1, "amp": "bf16", "data": "/home/me/data", "output": "/home/me/r"},
         "environment": {"cpu": "a CPU", "gpu": None, "python": "3.11", "torch": "2.13", "commit": "0123456789ab"},
     }
     (path / "result.json").write_text(json.dumps(result))
