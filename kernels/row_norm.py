@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 18  # of W at a time where it must be converted: 1 MiB in fp32
+CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
+DEVICE_BLOCK = 1 << 24  # elsewhere a block bounds the memory, and each costs launches
 CANCELLATION = 0.1  # below this n² / ‖W‖² the expanded square has lost too many digits
 
 
@@ -82,15 +83,22 @@ def inverse_norm_gradients(
     return da.mul_(-scale).to(lora_a.dtype), db.mul_(q).mul_(-scale).to(lora_b.dtype)
 
 
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `matrix`, for passes that convert dtypes: on CPU each conversion makes a copy."""
+    elements = CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK
+    step = max(1, elements // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)
+
+
 def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=scale), dim=1)
 
 
 def _blocks(weight: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of `weight` in `acc`; all of it at once where nothing must be converted."""
-    step = weight.shape[0]
-    if weight.dtype != acc or weight.device.type != "cpu":
-        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
+    if weight.dtype == acc and weight.device.type == "cpu":
+        yield slice(None), weight
+        return
+    for rows in row_blocks(weight):
         yield rows, weight[rows].to(acc)
