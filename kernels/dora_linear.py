@@ -4,6 +4,7 @@ The backward passes are derived in ``kernels/README.md``.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -231,32 +232,36 @@ class _DoRA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _dh: None, _dnorm: None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 10
-        try:
-            x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
-                "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
-                "y.mul_(...)). Use the out-of-place form of that operation."
-            ) from error
-        need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
-        needs = [need_x, need_a, need_b, need_m]
-        run = _backward_op if torch.compiler.is_compiling() else dora_backward
-        grads = iter(
-            run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
-        )
-        dx, da, db, dm = (next(grads) if need else None for need in needs)
-        dbias = dy.sum(0).to(bias.dtype) if need_bias else None
-        return dx, None, dbias, da, db, dm, None, None, None, None
+        return _gradients(ctx, dora_backward, dy)
+
+
+def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of `dora_forward`'s arguments, by `run`: `dora_backward` or the operation made of it."""
+    if dy is None:
+        return (None,) * 10
+    try:
+        x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
+            "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
+            "y.mul_(...)). Use the out-of-place form of that operation."
+        ) from error
+    need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
+    needs = [need_x, need_a, need_b, need_m]
+    grads = iter(
+        run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
+    )
+    dx, da, db, dm = (next(grads) if need else None for need in needs)
+    dbias = dy.sum(0).to(bias.dtype) if need_bias else None
+    return dx, None, dbias, da, db, dm, None, None, None, None
 
 
 _forward_op = torch.library.custom_op("peftlite::dora_linear", dora_forward, mutates_args=())
 _backward_op = torch.library.custom_op("peftlite::dora_linear_backward", dora_backward, mutates_args=())
-_forward_op.register_autograd(_DoRA.backward, setup_context=_DoRA.setup_context)
+_forward_op.register_autograd(lambda ctx, dy, *_: _gradients(ctx, _backward_op, dy), setup_context=_DoRA.setup_context)
 
 
 @_forward_op.register_fake

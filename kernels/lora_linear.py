@@ -4,6 +4,7 @@ The backward passes are derived in ``kernels/README.md``.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -166,21 +167,25 @@ class _LoRA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _dh: None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 8
-        need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
-        needs = [need_x, need_a, need_b]
-        run = _backward_op if torch.compiler.is_compiling() else low_rank_backward
-        grads = iter(run(dy, x, weight, lora_a, lora_b, h, ctx.scale, mask, ctx.keep, needs))
-        dx, da, db = (next(grads) if need else None for need in needs)
-        dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
-        return dx, None, dbias, da, db, None, None, None
+        return _gradients(ctx, low_rank_backward, dy)
+
+
+def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of `low_rank_forward`'s arguments, by `run`: `low_rank_backward` or the operation made of it."""
+    if dy is None:
+        return (None,) * 8
+    need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+    x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
+    needs = [need_x, need_a, need_b]
+    grads = iter(run(dy, x, weight, lora_a, lora_b, h, ctx.scale, mask, ctx.keep, needs))
+    dx, da, db = (next(grads) if need else None for need in needs)
+    dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
+    return dx, None, dbias, da, db, None, None, None
 
 
 _forward_op = torch.library.custom_op("peftlite::lora_linear", low_rank_forward, mutates_args=())
 _backward_op = torch.library.custom_op("peftlite::lora_linear_backward", low_rank_backward, mutates_args=())
-_forward_op.register_autograd(_LoRA.backward, setup_context=_LoRA.setup_context)
+_forward_op.register_autograd(lambda ctx, dy, _dh: _gradients(ctx, _backward_op, dy), setup_context=_LoRA.setup_context)
 
 
 @_forward_op.register_fake

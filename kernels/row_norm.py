@@ -7,7 +7,7 @@ from torch import Tensor
 
 CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
 DEVICE_BLOCK = 1 << 24  # elsewhere a block bounds the memory, and each costs launches
-CANCELLATION = 0.1  # below this n² / ‖W‖² the expanded square has lost too many digits
+CANCELLATION = 0.5  # n² below this share of ‖W‖² + ‖s B A‖²: the expanded square has lost digits
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -43,9 +43,10 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Te
         torch.linalg.vector_norm(w, dim=1, out=base[rows])
         torch.mm(w, a.T, out=cross[rows])
     base.square_()
-    square = base + torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1)
+    apart = base + torch.mm(b, a @ a.T).mul_(b).sum(1).mul_(scale * scale)  # ‖W‖² + ‖s B A‖², which nothing cancels
+    square = apart + cross.mul_(b).sum(1).mul_(2 * scale)
     norm = square.clamp_min(0).sqrt_()
-    cancelled = (square < CANCELLATION * base).nonzero().squeeze(1)
+    cancelled = (square < CANCELLATION * apart).nonzero().squeeze(1)
     if cancelled.numel():
         norm[cancelled] = _direct(weight[cancelled].to(acc), a, b[cancelled], scale)
     return norm
