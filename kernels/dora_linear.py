@@ -20,7 +20,7 @@ EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birt
 LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
 SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed, and m may be 0
 LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
-SAMPLE = 64  # rows of y that this mean is taken over
+SAMPLE = 16  # rows of y that this mean is taken over
 
 
 def dora_linear(
@@ -133,9 +133,11 @@ def dora_forward(
         gain = magnitude.to(norm.dtype) / norm
         # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the layer
         # gives the very bits of the base layer, whose product adds the bias before it rounds.
-        inside = None if bias is None else torch.where(gain.abs() <= LARGE_GAIN, bias, 0)
+        inside = rest = None
+        if bias is not None:
+            inside = torch.where(gain.abs() <= LARGE_GAIN, bias, 0)
+            rest = bias - gain * inside
         y, h = low_rank_forward(x, weight, inside, lora_a, lora_b, scale, mask, keep)
-        rest = None if bias is None else bias - gain * inside
         for rows in row_blocks(y):
             if rest is None:
                 torch.mul(y[rows], gain, out=y[rows])
@@ -176,8 +178,8 @@ def dora_backward(
         for rows in row_blocks(dy):
             if need_dm:
                 assert y is not None
-                scaled = y[rows].to(acc) if bias is None else y[rows] - bias.to(acc)  # g ⊙ inner
-                dm += (scaled * dy[rows]).sum(0)
+                product = y[rows].to(acc, copy=True) if bias is None else y[rows] - bias.to(acc)  # g ⊙ inner
+                dm += product.mul_(dy[rows]).sum(0)
             torch.mul(dy[rows], gain, out=inner_grad[rows])
         if need_dm:
             assert x is not None

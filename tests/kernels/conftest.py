@@ -20,6 +20,15 @@ class _PoisonedTorch:
         return torch.empty_like(*args, **kwargs).fill_(math.nan)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from threads, and lose much where other processes hold the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def poisoned():
     """Let the operations allocate NaN, so that an element which they forget to write shows."""
