@@ -137,7 +137,7 @@ def low_rank_backward(
             assert x is not None
             grads.append((u.T @ _dropped(x, mask)).to(lora_a.dtype).mul_(scale))
         if need_b:
-            # On CPU dyᵀ h costs several times as much as the transpose of hᵀ dy.
+            # In most shapes cheaper on CPU than dyᵀ h.
             grads.append((h.T @ dy).T.to(lora_b.dtype).mul_(scale).contiguous())
         return grads
 
