@@ -1,6 +1,7 @@
 """Which implementation of an operation runs, in which precision, and why not another."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,15 +36,41 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear operation on `x` runs: autocast's where it applies, else that of `x`.
 
     Autocast leaves fp64 alone, as it does for torch's own operations.
+
+    Raises:
+        ValueError: if `x` is not a floating point tensor: the weights would be cast to integers.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating point tensor, got {x.dtype}; convert it first, for example with x.float().")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
 
-def check_linear_shapes(operation: str, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    """Raise a `ValueError` that names the shapes unless x (..., in), weight (out, in), a (r, in), b (out, r) agree."""
+_UNCHANGED = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off; where it is off already nothing is entered, which small layers notice."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _UNCHANGED
+
+
+def check_linear_shapes(
+    operation: str,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+) -> None:
+    """Raise a `ValueError` that names the shapes unless all agree, or if the weight is not frozen.
+
+    They are x (..., in), weight (out, in), lora_a (r, in), lora_b (out, r), bias (out,) and magnitude (out,).
+    """
     out_features, in_features = weight.shape
     rank = lora_a.shape[0]
     if x.shape[-1] != in_features:
@@ -55,6 +82,11 @@ def check_linear_shapes(operation: str, x: Tensor, weight: Tensor, lora_a: Tenso
             f"{operation}: for weight {tuple(weight.shape)} lora_a must be (r, {in_features}) and lora_b "
             f"({out_features}, r); got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}."
         )
+    for name, tensor in (("bias", bias), ("magnitude", magnitude)):
+        if tensor is not None and tensor.shape != (out_features,):
+            raise ValueError(
+                f"{operation}: for weight {tuple(weight.shape)} {name} must be ({out_features},); got {tuple(tensor.shape)}."
+            )
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{operation}: weight requires a gradient, but this operation treats it as frozen and gives none; "

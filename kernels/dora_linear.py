@@ -3,18 +3,24 @@
 The backward passes are derived in ``kernels/README.md``.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask
-from peftlite.kernels.lora_linear import lora_linear_reference, low_rank_backward, low_rank_forward
-from peftlite.kernels.row_norm import accumulation_dtype, inverse_norm_gradients, row_norm
+from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask, without_autocast
+from peftlite.kernels.lora_linear import lora_linear, lora_linear_reference, low_rank_backward, low_rank_forward
+from peftlite.kernels.row_norm import accumulation_dtype, inverse_norm_gradients, row_blocks, row_norm
 
 EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
-SMALL_GAIN = 1 / 16  # below it, y - b has lost the digits of the inner product that dm needs
+LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
+SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed, and m may be 0
+LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
+SAMPLE = 16  # rows of y that this mean is taken over
 
 
 def dora_linear(
@@ -62,7 +68,7 @@ def dora_linear(
         >>> dora_linear(x, w, None, a, b, torch.tensor([6.0, 4.0]), 1.0)
         tensor([[6., 4.]])
     """
-    check_linear_shapes("dora_linear", x, weight, lora_a, lora_b)
+    check_linear_shapes("dora_linear", x, weight, lora_a, lora_b, bias, magnitude)
     if dropout_mode not in ("lowrank", "peft"):
         raise ValueError(f"dora_linear: dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
     implementation = choose("dora_linear", impl)
@@ -72,7 +78,9 @@ def dora_linear(
     if mask is not None and dropout_mode == "peft":
         dropped = x * mask / keep
         inner = dora_linear(dropped, weight, bias, lora_a, lora_b, magnitude, scale, norm_grad=norm_grad, impl=implementation)
-        return inner + F.linear(x - dropped, weight.to(x.dtype))
+        # W alone, as a low-rank path of rank 0: `F.linear` would keep a cast copy of W for its backward pass.
+        a, b = lora_a[:0].detach(), lora_b[:, :0].detach()
+        return inner + lora_linear(x - dropped, weight, None, a, b, 0.0, impl=implementation)
     if implementation == "reference":
         return dora_linear_reference(x, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
     rows = x.reshape(-1, x.shape[-1])
@@ -97,7 +105,7 @@ def dora_linear_reference(
     norm_grad: bool = False,
 ) -> Tensor:
     """`dora_linear` in plain torch, for `x` of any shape and a drawn `mask`: the oracle of the tests."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         inner = lora_linear_reference(x, weight, None, lora_a, lora_b, scale, mask, keep)
         norm = torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1).clamp_min(EPS)
         y = magnitude / (norm if norm_grad else norm.detach()) * inner
@@ -120,12 +128,22 @@ def dora_forward(
 
     `norm_grad` matters to the backward pass only.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         norm = row_norm(weight, lora_a, lora_b, scale).clamp_min_(EPS)
         gain = magnitude.to(norm.dtype) / norm
-        y, h = low_rank_forward(x, weight, bias, lora_a, lora_b, scale, mask, keep)
-        # g (y - b) + b as g y + (1 - g) b: one pass, and exact where g is 1.
-        return (y.mul_(gain) if bias is None else torch.addcmul((1 - gain) * bias, y, gain, out=y)), h, norm
+        # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the layer
+        # gives the very bits of the base layer, whose product adds the bias before it rounds.
+        inside = rest = None
+        if bias is not None:
+            inside = torch.where(gain.abs() <= LARGE_GAIN, bias, 0)
+            rest = bias - gain * inside
+        y, h = low_rank_forward(x, weight, inside, lora_a, lora_b, scale, mask, keep)
+        for rows in row_blocks(y):
+            if rest is None:
+                torch.mul(y[rows], gain, out=y[rows])
+            else:
+                torch.addcmul(rest, y[rows], gain, out=y[rows])
+        return y, h, norm
 
 
 def dora_backward(
@@ -149,46 +167,51 @@ def dora_backward(
 
     y is read for the magnitude's gradient and with `norm_grad` only.
     """
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy.device):
         need_x, need_a, need_b, need_m = needs
-        gain = magnitude.to(norm.dtype) / norm
+        acc = norm.dtype
+        gain = magnitude.to(acc) / norm
         through_norm = norm_grad and (need_a or need_b)
-        buffer = torch.empty_like(dy)
-        dm = None
-        if need_m or through_norm:
+        need_dm = need_m or through_norm
+        dm = torch.zeros_like(norm)
+        inner_grad = torch.empty_like(dy)  # D = g ⊙ dy, (M, out)
+        for rows in row_blocks(dy):
+            if need_dm:
+                assert y is not None
+                product = y[rows].to(acc, copy=True) if bias is None else y[rows] - bias.to(acc)  # g ⊙ inner
+                dm += product.mul_(dy[rows]).sum(0)
+            torch.mul(dy[rows], gain, out=inner_grad[rows])
+        if need_dm:
+            assert x is not None
             assert y is not None
-            if bias is None:
-                torch.mul(dy, y, out=buffer)
-            else:
-                torch.sub(y, bias, out=buffer).mul_(dy)
-            dm = buffer.sum(0, dtype=norm.dtype) / magnitude.to(norm.dtype)
-            small = (gain.abs() < SMALL_GAIN).nonzero().squeeze(1)
-            if small.numel():
-                assert x is not None
-                dm[small] = _magnitude_gradient_of_rows(small, dy, x, weight, lora_b, h, scale) / norm[small]
-        inner_grad = torch.mul(dy, gain, out=buffer)  # D = g ⊙ dy, (M, out)
+            dm /= magnitude.to(acc)
+            lost = _lost_columns(y, bias, gain)
+            if lost.numel():
+                columns = F.linear(x, weight[lost].to(dy.dtype))
+                columns.addmm_(h, lora_b[lost].to(dy.dtype).T, alpha=scale / keep)  # inner, (M, lost)
+                dm[lost] = (columns.to(acc) * dy[:, lost]).sum(0) / norm[lost]
         grads = low_rank_backward(inner_grad, x, weight, lora_a, lora_b, h, scale, mask, keep, [need_x, need_a, need_b])
         if through_norm:
-            assert dm is not None
             da, db = inverse_norm_gradients(weight, lora_a, lora_b, scale, dm * magnitude, norm, EPS)
             if need_a:
                 grads[int(need_x)] += da
             if need_b:
                 grads[-1] += db
         if need_m:
-            assert dm is not None
             grads.append(dm.to(magnitude.dtype))
         return grads
 
 
-def _magnitude_gradient_of_rows(
-    rows: Tensor, dy: Tensor, x: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, scale: float
-) -> Tensor:
-    """``Σ_i dy_ij inner_ij`` of the output features `rows`, from x and h and not from y."""
-    dy = dy[:, rows].T  # (rows, M)
-    acc = torch.promote_types(dy.dtype, torch.float32)
-    base = (dy @ x).to(acc).mul_(weight[rows]).sum(1)
-    return base + scale * (dy @ h).to(acc).mul_(lora_b[rows]).sum(1)
+def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
+    """The output features whose product ``g ⊙ inner`` cannot be had from y with enough digits."""
+    lost = gain.abs() < SMALL_GAIN
+    if bias is not None:
+        sample = y[:: max(1, y.shape[0] // SAMPLE)]
+        lost |= bias.abs() > LARGE_BIAS * (sample - bias).abs().mean(0)
+    return lost.nonzero().squeeze(1)
+
+
+dora_forward.__signature__ = inspect.signature(dora_forward)  # type: ignore[attr-defined]  # see lora_linear
 
 
 class _DoRA(torch.autograd.Function):
@@ -209,33 +232,38 @@ class _DoRA(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _dh: None, _dnorm: None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 10
-        try:
-            x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
-                "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
-                "y.mul_(...)). Use the out-of-place form of that operation."
-            ) from error
-        need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
-        needs = [need_x, need_a, need_b, need_m]
-        run = _backward_op if torch.compiler.is_compiling() else dora_backward
-        grads = iter(
-            run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
-        )
-        dx, da, db, dm = (next(grads) if need else None for need in needs)
-        dbias = dy.sum(0, dtype=bias.dtype) if need_bias else None
-        return dx, None, dbias, da, db, dm, None, None, None, None
+        return _gradients(ctx, dora_backward, dy)
+
+
+def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of `dora_forward`'s arguments, by `run`: `dora_backward` or the operation made of it."""
+    if dy is None:
+        return (None,) * 10
+    try:
+        x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
+            "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
+            "y.mul_(...)). Use the out-of-place form of that operation."
+        ) from error
+    need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
+    needs = [need_x, need_a, need_b, need_m]
+    grads = iter(
+        run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
+    )
+    dx, da, db, dm = (next(grads) if need else None for need in needs)
+    dbias = dy.sum(0).to(bias.dtype) if need_bias else None
+    return dx, None, dbias, da, db, dm, None, None, None, None
 
 
 _forward_op = torch.library.custom_op("peftlite::dora_linear", dora_forward, mutates_args=())
 _backward_op = torch.library.custom_op("peftlite::dora_linear_backward", dora_backward, mutates_args=())
-_forward_op.register_autograd(_DoRA.backward, setup_context=_DoRA.setup_context)
+_forward_op.register_autograd(lambda ctx, dy, *_: _gradients(ctx, _backward_op, dy), setup_context=_DoRA.setup_context)
 
 
 @_forward_op.register_fake

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 18  # of W at a time where it must be converted: 1 MiB in fp32
-CANCELLATION = 0.1  # below this n² / ‖W‖² the expanded square has lost too many digits
+CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
+DEVICE_BLOCK = 1 << 24  # elsewhere a block bounds the memory, and each costs launches
+CANCELLATION = 0.5  # n² below this share of ‖W‖² + ‖s B A‖²: the expanded square has lost digits
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -42,9 +43,10 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Te
         torch.linalg.vector_norm(w, dim=1, out=base[rows])
         torch.mm(w, a.T, out=cross[rows])
     base.square_()
-    square = base + torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1)
+    apart = base + torch.mm(b, a @ a.T).mul_(b).sum(1).mul_(scale * scale)  # ‖W‖² + ‖s B A‖², which nothing cancels
+    square = apart + cross.mul_(b).sum(1).mul_(2 * scale)
     norm = square.clamp_min(0).sqrt_()
-    cancelled = (square < CANCELLATION * base).nonzero().squeeze(1)
+    cancelled = (square < CANCELLATION * apart).nonzero().squeeze(1)
     if cancelled.numel():
         norm[cancelled] = _direct(weight[cancelled].to(acc), a, b[cancelled], scale)
     return norm
@@ -82,15 +84,22 @@ def inverse_norm_gradients(
     return da.mul_(-scale).to(lora_a.dtype), db.mul_(q).mul_(-scale).to(lora_b.dtype)
 
 
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `matrix`, for passes that convert dtypes: on CPU each conversion makes a copy."""
+    elements = CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK
+    step = max(1, elements // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)
+
+
 def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=scale), dim=1)
 
 
 def _blocks(weight: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of `weight` in `acc`; all of it at once where nothing must be converted."""
-    step = weight.shape[0]
-    if weight.dtype != acc or weight.device.type != "cpu":
-        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
+    if weight.dtype == acc and weight.device.type == "cpu":
+        yield slice(None), weight
+        return
+    for rows in row_blocks(weight):
         yield rows, weight[rows].to(acc)

@@ -1,0 +1,103 @@
+import re
+
+import pytest
+import torch
+from oracles import NAMES, make_case
+
+from peftlite.kernels.dispatch import choose, compute_dtype, draw_keep_mask
+from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.lora_linear import lora_linear
+
+
+def call(dora=False, needs=(), options=None, **replaced):
+    tensors = make_case(5, 7, 3, 2, dora=dora, needs=needs).tensors | replaced
+    arguments = [tensors[name] for name in NAMES if name in tensors]
+    return (dora_linear if dora else lora_linear)(*arguments, 0.5, **(options or {}))
+
+
+def test_an_unknown_implementation_is_named_with_the_known_ones():
+    message = "lora_linear: impl='trition' was asked for, but its implementations are reference, torch; choose one of them"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(options={"impl": "trition"})
+
+
+def test_the_environment_replaces_auto_only(monkeypatch):
+    assert choose("op", "auto") == "torch"
+    monkeypatch.setenv("PEFTLITE_IMPL", "reference")
+    assert choose("op", "auto") == "reference"
+    assert choose("op", "torch") == "torch"
+    monkeypatch.setenv("PEFTLITE_IMPL", "fast")
+    assert choose("op", "torch") == "torch"
+    with pytest.raises(ValueError, match=r"dora_linear: PEFTLITE_IMPL=fast was asked for.*reference, torch"):
+        call(dora=True)
+
+
+def test_the_environment_decides_what_runs(monkeypatch):
+    monkeypatch.setenv("PEFTLITE_IMPL", "reference")
+    assert "Backward" in type(call(needs=("lora_a",)).grad_fn).__name__
+    assert "LoRA" not in type(call(needs=("lora_a",)).grad_fn).__name__
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("x", (5, 8), r"the last dimension of x must be in_features = 7, got x of shape (5, 8)"),
+        ("lora_a", (2, 6), r"for weight (3, 7) lora_a must be (r, 7) and lora_b (3, r); got (2, 6) and (3, 2)"),
+        ("lora_a", (1, 7), r"lora_b (3, r); got (1, 7) and (3, 2)"),
+        ("lora_b", (4, 2), r"lora_b (3, r); got (2, 7) and (4, 2)"),
+        ("bias", (1,), r"for weight (3, 7) bias must be (3,); got (1,)"),
+    ],
+)
+def test_a_wrong_shape_is_named(dora, name, shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(dora, **{name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (7,)])
+def test_a_magnitude_that_would_broadcast_is_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"magnitude must be (3,); got {shape}")):
+        call(dora=True, magnitude=torch.ones(shape))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_weight_that_trains_is_refused(dora):
+    weight = torch.ones(3, 7, requires_grad=True)
+    with pytest.raises(ValueError, match=r"weight requires a gradient.*call weight.requires_grad_\(False\)"):
+        call(dora, weight=weight)
+    with torch.no_grad():
+        assert call(dora, weight=weight).shape == (5, 3)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_integers_are_refused(dora):
+    with pytest.raises(ValueError, match=r"x must be a floating point tensor, got torch.int64; convert it first"):
+        call(dora, x=torch.ones(5, 7, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_dropout_out_of_range(dora, dropout):
+    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\), got {dropout}"):
+        call(dora, options={"dropout": dropout})
+
+
+def test_an_unknown_dropout_mode():
+    with pytest.raises(ValueError, match=r"dora_linear: dropout_mode must be 'lowrank' or 'peft', got 'hf'"):
+        call(dora=True, options={"dropout_mode": "hf"})
+
+
+def test_autocast_decides_the_dtype_except_for_fp64():
+    dtypes = (torch.float64, torch.float32, torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [compute_dtype(torch.ones(1, dtype=d)) for d in dtypes] == [torch.float64, torch.bfloat16, torch.bfloat16]
+    assert [compute_dtype(torch.ones(1, dtype=d)) for d in dtypes] == list(dtypes)
+
+
+def test_the_mask_keeps_the_share_that_was_asked_for():
+    torch.manual_seed(0)
+    kept = draw_keep_mask(torch.empty(1000, 1000), 0.3)
+    assert kept.dtype == torch.bool
+    # Six standard deviations of the mean of 10⁶ independent draws.
+    assert abs(kept.double().mean() - 0.7) < 6 * (0.3 * 0.7 / 1e6) ** 0.5
+    assert draw_keep_mask(torch.empty(3), 0.0) is None

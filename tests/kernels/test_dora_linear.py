@@ -1,0 +1,129 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from oracles import NAMES, cases, make_case
+
+from peftlite.kernels import dora_linear as module
+from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.row_norm import row_norm
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+TRAINABLE = ("x", "bias", "lora_a", "lora_b", "magnitude")
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_memory_is_poisoned():
+    assert module.torch.empty_like(torch.ones(3)).isnan().all()
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(case=cases(dora=True))
+def test_output_and_every_gradient_lie_within_the_budget(case):
+    case.check()
+
+
+@pytest.mark.parametrize("norm_grad", [False, True])
+@pytest.mark.parametrize("needs", [c for n in range(6) for c in itertools.combinations(TRAINABLE, n)], ids="-".join)
+def test_every_choice_of_what_trains(needs, norm_grad):
+    for dropout in (0.0, 0.4):
+        make_case(7, 5, 11, 3, dora=True, needs=needs, options={"dropout": dropout, "norm_grad": norm_grad}).check()
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "peft"])
+@pytest.mark.parametrize("stored", NARROW)
+def test_autocast_with_any_stored_weight(stored, mode):
+    options = {"dropout": 0.2, "dropout_mode": mode}
+    make_case(31, 29, 40, 4, dora=True, stored=stored, compute=torch.bfloat16, options=options).check()
+
+
+@pytest.mark.parametrize("x", NARROW)
+def test_more_than_one_block_of_rows(x, monkeypatch):
+    monkeypatch.setattr("peftlite.kernels.row_norm.CPU_BLOCK", 100)
+    for bias in (True, False):
+        make_case(31, 29, 40, 4, dora=True, x=x, stored=torch.bfloat16, bias=bias).check()
+
+
+@pytest.mark.parametrize("mode", ["lowrank", "peft"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_of_the_exact_gradient(bias, mode):
+    f64 = torch.float64
+    case = make_case(3, 5, 4, 2, dora=True, x=f64, stored=f64, adapter=f64, bias=bias)
+    trained = {name: t for name, t in case.tensors.items() if t is not None and t.requires_grad}
+
+    def run(*leaves):
+        tensors = case.tensors | dict(zip(trained, leaves, strict=True))
+        torch.manual_seed(1)
+        arguments = [tensors[name] for name in NAMES]
+        return dora_linear(*arguments, 0.5, dropout=0.3, dropout_mode=mode, norm_grad=True)
+
+    assert torch.autograd.gradcheck(run, tuple(trained.values()))
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0, 1e2, 1e4])
+@pytest.mark.parametrize("gain", [0.0, 1e-6, -0.03, 0.5, -1.0, 30.0, 1e3])
+@pytest.mark.parametrize("x", [torch.float64, *NARROW])
+def test_extreme_gain_and_bias(x, gain, bias):
+    """Where the bias has pushed the digits of the product out of y, or the gain has, the gradients are right all the same."""
+    wide = torch.promote_types(x, torch.float32)
+    case = make_case(31, 13, 17, 3, dora=True, x=x, stored=wide, adapter=wide, options={"norm_grad": True})
+    with torch.no_grad():
+        case.tensors["magnitude"][::3] *= gain
+        case.tensors["bias"][::2] = bias
+        if x == torch.float16:
+            case.tensors["bias"].clamp_(max=1e3)  # fp16 ends at 65504
+    case.check()
+
+
+def test_zero_rows_of_the_weight_stay_finite():
+    case = make_case(5, 7, 6, 2, dora=True, options={"norm_grad": True})
+    with torch.no_grad():
+        for name in ("weight", "lora_b", "magnitude"):
+            case.tensors[name][:2] = 0
+    case.check()
+    assert all(value.isfinite().all() for value in case.results("torch").values())
+
+
+@pytest.mark.parametrize("x", NARROW)
+@pytest.mark.parametrize("stored", NARROW)
+def test_no_bit_changes_at_birth(x, stored):
+    tensors = make_case(31, 40, 29, 4, dora=True, x=x, stored=stored).inputs()
+    with torch.no_grad():
+        tensors["weight"][3] = 0
+        tensors["lora_b"].zero_()
+    tensors["magnitude"] = row_norm(tensors["weight"], tensors["lora_a"], tensors["lora_b"], 0.5)
+    y = dora_linear(*(tensors[name] for name in NAMES), 0.5)
+    assert torch.equal(y, torch.nn.functional.linear(tensors["x"], tensors["weight"].to(x), tensors["bias"].to(x)))
+
+
+def test_a_consumer_that_writes_into_the_output_is_told():
+    leaves = make_case(5, 7, 3, 2, dora=True).inputs()
+    y = torch.relu_(dora_linear(*(leaves[name] for name in NAMES), 0.5))
+    with pytest.raises(RuntimeError, match=r"dora_linear: a tensor .* changed in place .* Use the out-of-place form"):
+        y.sum().backward()
+
+
+def test_with_a_frozen_magnitude_the_output_may_be_changed_in_place():
+    leaves = make_case(5, 7, 3, 2, dora=True, needs=("x", "lora_a", "lora_b")).inputs()
+    torch.relu_(dora_linear(*(leaves[name] for name in NAMES), 0.5)).sum().backward()
+    assert leaves["lora_b"].grad.isfinite().all()
+
+
+def test_torch_func_grad_equals_autograd():
+    leaves = make_case(5, 4, 3, 2, dora=True).inputs()
+    x, weight, bias, a, b, magnitude = (leaves[name] for name in NAMES)
+
+    def loss(magnitude):
+        return dora_linear(x, weight, bias, a, b, magnitude, 0.5).square().sum()
+
+    actual = torch.func.grad(loss)(magnitude.detach())
+    assert torch.equal(actual, torch.autograd.grad(loss(magnitude), magnitude)[0])
+
+
+def test_second_derivatives_are_refused():
+    leaves = make_case(5, 4, 3, 2, dora=True).inputs()
+    y = dora_linear(*(leaves[name] for name in NAMES), 0.5)
+    (grad,) = torch.autograd.grad(y.square().sum(), leaves["magnitude"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
