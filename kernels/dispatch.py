@@ -43,9 +43,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating point tensor, got {x.dtype}; convert it first, for example with x.float().")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if _autocast_is_on(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def _autocast_is_on(device: str) -> bool:
+    # The meta device, for one, knows no autocast and raises when it is asked.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 _UNCHANGED = nullcontext()
@@ -53,7 +58,7 @@ _UNCHANGED = nullcontext()
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off; where it is off already nothing is entered, which small layers notice."""
-    if torch.is_autocast_enabled(device.type):
+    if _autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return _UNCHANGED
 

@@ -101,3 +101,10 @@ def test_the_mask_keeps_the_share_that_was_asked_for():
     # Six standard deviations of the mean of 10⁶ independent draws.
     assert abs(kept.double().mean() - 0.7) < 6 * (0.3 * 0.7 / 1e6) ** 0.5
     assert draw_keep_mask(torch.empty(3), 0.0) is None
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_shapes_can_be_had_on_the_meta_device(dora):
+    tensors = make_case(5, 7, 3, 2, dora=dora, needs=()).tensors
+    y = call(dora, **{name: None if t is None else t.to("meta") for name, t in tensors.items()})
+    assert (y.device.type, y.shape) == ("meta", call(dora).shape)
