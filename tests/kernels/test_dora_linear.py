@@ -18,7 +18,7 @@ def test_memory_is_poisoned():
     assert module.torch.empty_like(torch.ones(3)).isnan().all()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(case=cases(dora=True))
 def test_output_and_every_gradient_lie_within_the_budget(case):
     case.check()
