@@ -126,12 +126,13 @@ def test_steps_table_from_a_result_file() -> None:
 def test_minbert_table_from_a_result_file() -> None:
     def run(name: str, overall: float, **changes: object) -> dict[str, object]:
         dev = {"sst": 0.4704, "quora": 0.8312, "sts": 0.8721, "overall": overall}
-        return {"name": name, "method": "lora", "rank": 8, "dev": dev, "share": 0.0147, "seconds": 1500, **changes}
+        figures = {"name": name, "method": "lora", "rank": 8, "dev": dev, "share": 0.0147, "seconds": 1500, **changes}
+        place = {"cpu": "A processor", "gpu": None, "python": "3.11", "torch": "2.13.0", "commit": None}
+        return {**figures, "environment": place, "settings": {"threads": 2, "amp": "off"}}
 
     runs = [run("worse", 0.70), run("better", 0.74, method="full", rank=None)]
-    found = {"machine": {"cpu": "A processor", "gpu": None}, "versions": {"torch": "2.13.0"}, "commit": None, "runs": runs}
-    text = generate.minbert(found)
-    assert "cpu A processor, torch 2.13.0; commit `none`" in text
+    text = generate.minbert({"runs": runs})
+    assert text.count("A processor, 2 thread(s), autocast off, Python 3.11, torch 2.13.0; commit `none`") == 1
     assert text.index("better") < text.index("worse")
     assert "| better | full | – | 0.470 | 0.831 | 0.872 | 0.740 | 1.47% | 25 |" in text
 
