@@ -129,20 +129,23 @@ def dora_forward(
     `norm_grad` matters to the backward pass only.
     """
     with without_autocast(x.device):
+        y, h = low_rank_forward(x, weight, bias, lora_a, lora_b, scale, mask, keep)
+        # After the product, which has brought W into the cache; the other way round both would wait for memory.
         norm = row_norm(weight, lora_a, lora_b, scale).clamp_min_(EPS)
         gain = magnitude.to(norm.dtype) / norm
         # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the layer
         # gives the very bits of the base layer, whose product adds the bias before it rounds.
-        inside = rest = None
-        if bias is not None:
-            inside = torch.where(gain.abs() <= LARGE_GAIN, bias, 0)
-            rest = bias - gain * inside
-        y, h = low_rank_forward(x, weight, inside, lora_a, lora_b, scale, mask, keep)
-        for rows in row_blocks(y):
+        rest = None if bias is None else (1 - gain) * bias
+        for rows in row_blocks(y, norm.dtype):
             if rest is None:
                 torch.mul(y[rows], gain, out=y[rows])
             else:
                 torch.addcmul(rest, y[rows], gain, out=y[rows])
+        if bias is not None:
+            large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
+            if large.numel():
+                inner = _inner_columns(large, x, weight, lora_b, h, scale / keep)
+                y[:, large] = torch.addcmul(bias[large].to(gain.dtype), inner, gain[large]).to(y.dtype)
         return y, h, norm
 
 
@@ -175,21 +178,25 @@ def dora_backward(
         need_dm = need_m or through_norm
         dm = torch.zeros_like(norm)
         inner_grad = torch.empty_like(dy)  # D = g ⊙ dy, (M, out)
-        for rows in row_blocks(dy):
+        for rows in row_blocks(dy, acc):
+            part = inner_grad[rows]
             if need_dm:
                 assert y is not None
-                product = y[rows].to(acc, copy=True) if bias is None else y[rows] - bias.to(acc)  # g ⊙ inner
+                product = part if part.dtype == acc else torch.empty_like(part, dtype=acc)  # g ⊙ inner ⊙ dy
+                if bias is None:
+                    product.copy_(y[rows])
+                else:
+                    torch.sub(y[rows], bias.to(acc), out=product)
                 dm += product.mul_(dy[rows]).sum(0)
-            torch.mul(dy[rows], gain, out=inner_grad[rows])
+            torch.mul(dy[rows], gain, out=part)
         if need_dm:
             assert x is not None
             assert y is not None
             dm /= magnitude.to(acc)
             lost = _lost_columns(y, bias, gain)
             if lost.numel():
-                columns = F.linear(x, weight[lost].to(dy.dtype))
-                columns.addmm_(h, lora_b[lost].to(dy.dtype).T, alpha=scale / keep)  # inner, (M, lost)
-                dm[lost] = (columns.to(acc) * dy[:, lost]).sum(0) / norm[lost]
+                inner = _inner_columns(lost, x, weight, lora_b, h, scale / keep)
+                dm[lost] = (inner.to(acc) * dy[:, lost]).sum(0) / norm[lost]
         grads = low_rank_backward(inner_grad, x, weight, lora_a, lora_b, h, scale, mask, keep, [need_x, need_a, need_b])
         if through_norm:
             da, db = inverse_norm_gradients(weight, lora_a, lora_b, scale, dm * magnitude, norm, EPS)
@@ -200,6 +207,11 @@ def dora_backward(
         if need_m:
             grads.append(dm.to(magnitude.dtype))
         return grads
+
+
+def _inner_columns(columns: Tensor, x: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, scale: float) -> Tensor:
+    """``inner (M, len(columns))`` of some output features, from x and h and not from y."""
+    return F.linear(x, weight[columns].to(x.dtype)).addmm_(h, lora_b[columns].to(x.dtype).T, alpha=scale)
 
 
 def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:

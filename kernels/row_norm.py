@@ -7,7 +7,7 @@ from torch import Tensor
 
 CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
 DEVICE_BLOCK = 1 << 24  # elsewhere a block bounds the memory, and each costs launches
-CANCELLATION = 0.5  # n² below this share of ‖W‖² + ‖s B A‖²: the expanded square has lost digits
+CANCELLATION = 0.5  # n² below this share of ‖W‖²: the expanded square has lost digits
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -43,10 +43,9 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Te
         torch.linalg.vector_norm(w, dim=1, out=base[rows])
         torch.mm(w, a.T, out=cross[rows])
     base.square_()
-    apart = base + torch.mm(b, a @ a.T).mul_(b).sum(1).mul_(scale * scale)  # ‖W‖² + ‖s B A‖², which nothing cancels
-    square = apart + cross.mul_(b).sum(1).mul_(2 * scale)
-    norm = square.clamp_min(0).sqrt_()
-    cancelled = (square < CANCELLATION * apart).nonzero().squeeze(1)
+    square = cross.addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(base)
+    cancelled = torch.lt(square, base.mul_(CANCELLATION)).nonzero().squeeze(1)
+    norm = square.clamp_min_(0).sqrt_()
     if cancelled.numel():
         norm[cancelled] = _direct(weight[cancelled].to(acc), a, b[cancelled], scale)
     return norm
@@ -84,10 +83,16 @@ def inverse_norm_gradients(
     return da.mul_(-scale).to(lora_a.dtype), db.mul_(q).mul_(-scale).to(lora_b.dtype)
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `matrix`, for passes that convert dtypes: on CPU each conversion makes a copy."""
-    elements = CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK
-    step = max(1, elements // max(1, matrix.shape[1]))
+def row_blocks(matrix: Tensor, acc: torch.dtype) -> Iterator[slice]:
+    """Slices of the rows of `matrix` for passes in `acc`: on CPU a conversion makes a copy, which should stay in cache.
+
+    All rows at once where nothing must be converted, which is fastest there.
+    """
+    on_cpu = matrix.device.type == "cpu"
+    if matrix.dtype == acc and on_cpu:
+        yield slice(None)
+        return
+    step = max(1, (CPU_BLOCK if on_cpu else DEVICE_BLOCK) // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
 
@@ -97,9 +102,6 @@ def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _blocks(weight: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Row blocks of `weight` in `acc`; all of it at once where nothing must be converted."""
-    if weight.dtype == acc and weight.device.type == "cpu":
-        yield slice(None), weight
-        return
-    for rows in row_blocks(weight):
+    """Row blocks of `weight` in `acc`."""
+    for rows in row_blocks(weight, acc):
         yield rows, weight[rows].to(acc)
