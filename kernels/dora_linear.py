@@ -141,7 +141,7 @@ def dora_forward(
                 torch.mul(y[rows], gain, out=y[rows])
             else:
                 torch.addcmul(rest, y[rows], gain, out=y[rows])
-        if bias is not None:
+        if bias is not None and not y.is_meta:  # without values there is nothing to look for
             large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
             if large.numel():
                 inner = _inner_columns(large, x, weight, lora_b, h, scale / keep)
