@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write `minbert.json` from run folders; the exit status is 1 if one of them has not finished."""
     parser = argparse.ArgumentParser(description="Collect finished minBERT runs into one result file.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--note", default="", help="what a reader of the figures must know about how the runs were made")
     parser.add_argument("--output", type=Path, default=RESULTS / NAME, help="the file to write")
     options = parser.parse_args(arguments)
     try:
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
-    write_result(options.output, {"runs": runs})
+    write_result(options.output, {"note": options.note, "runs": runs})
     print(f"wrote {len(runs)} runs to {options.output.name}")
     return 0
 

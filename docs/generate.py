@@ -126,7 +126,7 @@ def minbert(found: Mapping[str, Any]) -> str:
         f"{'; '.join(sorted(places))}. Overall is (SST + Quora + (r + 1) / 2) / 3; minutes are of training alone. Quora is "
         "trained on a 16 % subset, and the weights had Quora questions in their own training."
     )
-    return f"{note}\n\n{markdown_table(header, rows)}"
+    return f"{' '.join(filter(None, [note, found['note']]))}\n\n{markdown_table(header, rows)}"
 
 
 def _place(run: Mapping[str, Any]) -> str:

@@ -131,7 +131,8 @@ def test_minbert_table_from_a_result_file() -> None:
         return {**figures, "environment": place, "settings": {"threads": 2, "amp": "off"}}
 
     runs = [run("worse", 0.70), run("better", 0.74, method="full", rank=None)]
-    text = generate.minbert({"runs": runs})
+    text = generate.minbert({"note": "Mind the gap.", "runs": runs})
+    assert "in their own training. Mind the gap.\n" in text
     assert text.count("A processor, 2 thread(s), autocast off, Python 3.11, torch 2.13.0; commit `none`") == 1
     assert text.index("better") < text.index("worse")
     assert "| better | full | – | 0.470 | 0.831 | 0.872 | 0.740 | 1.47% | 25 |" in text

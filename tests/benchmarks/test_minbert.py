@@ -33,9 +33,10 @@ def run_folder(path, method):
 def test_collects_runs_and_leaves_local_paths_out(tmp_path):
     output = tmp_path / "minbert.json"
     folders = [run_folder(tmp_path / method, method) for method in ("lora", "full")]
-    assert main([*folders, "--output", str(output)]) == 0
+    assert main([*folders, "--note", "made by hand", "--output", str(output)]) == 0
     text = output.read_text()
     assert "/home/me" not in text
+    assert json.loads(text)["note"] == "made by hand"
     lora, full = json.loads(text)["runs"]
     assert (lora["name"], lora["rank"], full["rank"]) == ("lora", 8, None)
     assert lora["dev"] == {"sst": 0.4, "quora": 0.8, "sts": 0.9, "overall": 0.7167}
