@@ -84,8 +84,7 @@ def dora_linear(
     if implementation == "reference":
         return dora_linear_reference(x, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
     rows = x.reshape(-1, x.shape[-1])
-    if mask is not None:
-        mask = mask.reshape(rows.shape)
+    mask = None if mask is None else mask.reshape(rows.shape)
     # See lora_linear on why compiled and eager code differ here.
     run = _forward_op if torch.compiler.is_compiling() else _DoRA.apply
     y, *_ = run(rows, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
@@ -265,9 +264,8 @@ def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) ->
         ) from error
     need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_m]
-    grads = iter(
-        run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
-    )
+    options = (ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
+    grads = iter(run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, *options))
     dx, da, db, dm = (next(grads) if need else None for need in needs)
     dbias = dy.sum(0).to(bias.dtype) if need_bias else None
     return dx, None, dbias, da, db, dm, None, None, None, None
@@ -282,9 +280,8 @@ _forward_op.register_autograd(lambda ctx, dy, *_: _gradients(ctx, _backward_op, 
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out_features = weight.shape[0]
-    y, h = x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], lora_a.shape[0])
-    return y, h, x.new_empty(out_features, dtype=accumulation_dtype(weight, lora_a, lora_b))
+    y, h = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+    return y, h, x.new_empty(weight.shape[0], dtype=accumulation_dtype(weight, lora_a, lora_b))
 
 
 @_backward_op.register_fake
@@ -298,7 +295,6 @@ def _(
     magnitude: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
-    *_, needs = rest
-    dx = dy.new_empty(dy.shape[0], weight.shape[1])
-    like = (dx, lora_a, lora_b, magnitude)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(like, needs, strict=True) if need]
+    like = (dy.new_empty(dy.shape[0], weight.shape[1]), lora_a, lora_b, magnitude)
+    wanted = zip(like, rest[-1], strict=True)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in wanted if need]
