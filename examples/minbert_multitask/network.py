@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftlite
 from examples.minbert_multitask.data import Batch
@@ -66,8 +64,7 @@ class MultitaskBert(nn.Module):
     def encode(self, task: str, batch: Batch) -> Tensor:
         """Sentence vectors, `(B, H)`, or `(2B, H)` for the pairs of a bi-encoder: first sentences, then second ones."""
         bert = self.backbones[self.backbone_of[task]]
-        with _attention_kernel(batch.input_ids):
-            hidden = bert(batch.input_ids, batch.attention_mask, batch.token_type_ids)  # (R, T, H)
+        hidden = bert(batch.input_ids, batch.attention_mask, batch.token_type_ids)  # (R, T, H)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.pooling == "cls":
             return hidden[:, 0]
@@ -86,17 +83,6 @@ class MultitaskBert(nn.Module):
             else:
                 pooled = self.dropout(pooled)
             return self.heads[task](pooled)
-
-
-def _attention_kernel(inputs: Tensor) -> contextlib.AbstractContextManager:
-    """The plain attention kernel where a bf16 backward will run on a CPU, torch's own choice everywhere else.
-
-    torch's flash kernel for the CPU is the faster one forward and in fp32, but its bf16 backward takes 5 to 7 times as
-    long as the plain one at the lengths of these tasks (torch 2.13, 12 heads of 32, 12 to 48 tokens).
-    """
-    if inputs.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
-        return sdpa_kernel([SDPBackend.MATH])
-    return contextlib.nullcontext()
 
 
 def layer_count(network: MultitaskBert) -> int:
