@@ -4,23 +4,24 @@ The backward passes are derived in ``kernels/README.md``.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask, without_autocast
-from peftlite.kernels.lora_linear import lora_linear, lora_linear_reference, low_rank_backward, low_rank_forward
-from peftlite.kernels.row_norm import accumulation_dtype, inverse_norm_gradients, row_blocks, row_norm
-
-EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
-LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
-SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed, and m may be 0
-LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
-SAMPLE = 16  # rows of y that this mean is taken over
+from peftlite.kernels.lora_linear import lora_linear_reference, lora_linears
+from peftlite.kernels.low_rank import LoRAArguments, flatten, unflatten
+from peftlite.kernels.row_norm import BaseSquare, accumulation_dtype
+from peftlite.kernels.weight_decomposed import (
+    EPS,
+    DoRAArguments,
+    DoRANeeds,
+    weight_decomposed_backward,
+    weight_decomposed_forward,
+)
 
 
 def dora_linear(
@@ -35,6 +36,7 @@ def dora_linear(
     dropout: float = 0.0,
     dropout_mode: str = "lowrank",
     norm_grad: bool = False,
+    base_square: BaseSquare | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Compute ``y = g ⊙ (x Wᵀ + s (x̃ Aᵀ) Bᵀ) + b`` with ``g = m / max(‖W + s B A‖_row, 1e-12)``.
@@ -55,6 +57,7 @@ def dora_linear(
         dropout_mode: ``"lowrank"`` drops on the low-rank path only (x̃ above). ``"peft"`` is Hugging Face PEFT's meaning,
             ``y = x Wᵀ + (g - 1) ⊙ (x̃ Wᵀ) + g ⊙ s (x̃ Aᵀ) Bᵀ + b``, at the price of a second product with W.
         norm_grad: differentiate through the norm too.
+        base_square: keeps ``‖W‖²`` of this layer's weight from one call to the next, and sees when W has changed.
         impl: ``"reference"``, ``"torch"`` or ``"auto"``.
 
     Returns:
@@ -68,27 +71,62 @@ def dora_linear(
         >>> dora_linear(x, w, None, a, b, torch.tensor([6.0, 4.0]), 1.0)
         tensor([[6., 4.]])
     """
-    check_linear_shapes("dora_linear", x, weight, lora_a, lora_b, bias, magnitude)
+    layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
+    options: dict[str, Any] = {"dropout": dropout, "dropout_mode": dropout_mode, "norm_grad": norm_grad, "impl": impl}
+    return dora_linears(x, [layer], base_squares=[base_square], **options)[0]
+
+
+def dora_linears(
+    x: Tensor,
+    layers: Sequence[DoRAArguments],
+    *,
+    dropout: float = 0.0,
+    dropout_mode: str = "lowrank",
+    norm_grad: bool = False,
+    base_squares: Sequence[BaseSquare | None] | None = None,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """Compute `dora_linear` of several layers that read the same `x`, for less than one by one; see `lora_linears`.
+
+    Args:
+        x: ``(..., in)``.
+        layers: weight, bias, factors, magnitude and scale of each.
+        dropout: as in `dora_linear`; x̃ is drawn once for all of them.
+        dropout_mode: as in `dora_linear`.
+        norm_grad: as in `dora_linear`.
+        base_squares: one for each layer, as in `dora_linear`.
+        impl: as in `dora_linear`.
+
+    Returns:
+        The ``(..., out)`` of each layer.
+    """
+    for layer in layers:
+        check_linear_shapes("dora_linear", x, layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.magnitude)
     if dropout_mode not in ("lowrank", "peft"):
         raise ValueError(f"dora_linear: dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
     implementation = choose("dora_linear", impl)
     x = x.to(compute_dtype(x))
     mask = draw_keep_mask(x, dropout)
     keep = 1.0 - dropout
+    squares = [None] * len(layers) if base_squares is None else base_squares
     if mask is not None and dropout_mode == "peft":
         dropped = x * mask / keep
-        inner = dora_linear(dropped, weight, bias, lora_a, lora_b, magnitude, scale, norm_grad=norm_grad, impl=implementation)
+        inner = dora_linears(dropped, layers, norm_grad=norm_grad, base_squares=squares, impl=implementation)
         # W alone, as a low-rank path of rank 0: `F.linear` would keep a cast copy of W for its backward pass.
-        a, b = lora_a[:0].detach(), lora_b[:, :0].detach()
-        return inner + lora_linear(x - dropped, weight, None, a, b, 0.0, impl=implementation)
+        bare = [LoRAArguments(w, None, a[:0].detach(), b[:, :0].detach(), 0.0) for w, _, a, b, *_ in layers]
+        rest = lora_linears(x - dropped, bare, impl=implementation)
+        return [of_dropped + of_rest for of_dropped, of_rest in zip(inner, rest, strict=True)]
     if implementation == "reference":
-        return dora_linear_reference(x, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
+        return [dora_linear_reference(x, *layer, mask, keep, norm_grad) for layer in layers]
     rows = x.reshape(-1, x.shape[-1])
     mask = None if mask is None else mask.reshape(rows.shape)
-    # See lora_linear on why compiled and eager code differ here.
-    run = _forward_op if torch.compiler.is_compiling() else _DoRA.apply
-    y, *_ = run(rows, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # See lora_linears on why compiled and eager code differ here.
+    if torch.compiler.is_compiling():
+        ys = [_forward_op(rows, *layer, mask, keep, norm_grad)[0] for layer in layers]
+    else:
+        flat = flatten([(*layer, square) for layer, square in zip(layers, squares, strict=True)])
+        ys = list(_DoRA.apply(rows, mask, keep, norm_grad, *flat)[: len(layers)])
+    return [y.view(*x.shape[:-1], layer.weight.shape[0]) for y, layer in zip(ys, layers, strict=True)]
 
 
 def dora_linear_reference(
@@ -111,7 +149,82 @@ def dora_linear_reference(
         return (y if bias is None else y + bias).to(x.dtype)
 
 
-def dora_forward(
+class _DoRA(torch.autograd.Function):
+    """Saves x, h, n and the output y, whose storage its consumer usually saves too: nothing of the size out x in."""
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor | None, keep: float, norm_grad: bool, *flat: Any) -> tuple[Tensor, ...]:
+        count = len(flat) // 7
+        layers = [DoRAArguments(*layer) for layer in unflatten(flat[: 6 * count], 6)]
+        ys, h, norms = weight_decomposed_forward(x, layers, mask, keep, flat[6 * count :])
+        return *ys, h, *norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, mask, ctx.keep, ctx.norm_grad, *flat = inputs
+        count = len(flat) // 7
+        ys, h, norms = output[:count], output[count], output[count + 1 :]
+        ctx.mark_non_differentiable(h, *norms)
+        ctx.set_materialize_grads(False)
+        ctx.scales = flat[5 * count : 6 * count]
+        need = [needs[2:5] for needs in unflatten(ctx.needs_input_grad[4 : 4 + 6 * count], 6)]
+        need_y = [m or (ctx.norm_grad and (a or b)) for a, b, m in need]
+        need_x = any(need_y) or any(a for a, _, _ in need)
+        kept = [y if needed else None for y, needed in zip(ys, need_y, strict=True)]
+        ctx.save_for_backward(x if need_x else None, mask, h, *kept, *norms, *flat[: 5 * count])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mask, h, *saved = _saved(ctx)
+        count = len(ctx.scales)
+        ys, norms, flat = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        layers = [DoRAArguments(*tensors, s) for tensors, s in zip(unflatten(flat, 5), ctx.scales, strict=True)]
+        hs = h.split([len(layer.lora_a) for layer in layers], dim=1)
+        need_x = ctx.needs_input_grad[0]
+        needs = unflatten(ctx.needs_input_grad[4 : 4 + 6 * count], 6)
+        used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
+        grads: list[list[Tensor | None]] = [[None] * 7 for _ in layers]
+        dx = None
+        if used:
+            dx, adapters = weight_decomposed_backward(
+                [dys[k] for k in used],  # type: ignore[misc]
+                x,
+                [layers[k] for k in used],
+                [ys[k] for k in used],
+                [hs[k] for k in used],
+                [norms[k] for k in used],
+                mask,
+                ctx.keep,
+                ctx.norm_grad,
+                need_x,
+                [DoRANeeds(*needs[k][2:5]) for k in used],
+            )
+            for k, adapter in zip(used, adapters, strict=True):
+                dy, bias = dys[k], layers[k].bias
+                if needs[k][1]:
+                    grads[k][1] = dy.sum(0).to(bias.dtype)  # type: ignore[union-attr]
+                grads[k][2:5] = adapter
+        return dx, None, None, None, *flatten(grads)  # type: ignore[arg-type]
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
+            "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
+            "y.mul_(...)). Use the out-of-place form of that operation."
+        ) from error
+
+
+_DoRA.forward.__signature__ = inspect.signature(_DoRA.forward)  # type: ignore[attr-defined]  # see lora_linear
+
+
+def _single_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -123,32 +236,12 @@ def dora_forward(
     keep: float,
     norm_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y (M, out)``, ``h = x̃ Aᵀ (M, r)`` and the norm ``n (out,)``; y is the only M x out tensor that is made.
-
-    `norm_grad` matters to the backward pass only.
-    """
-    with without_autocast(x.device):
-        y, h = low_rank_forward(x, weight, bias, lora_a, lora_b, scale, mask, keep)
-        # After the product, which has brought W into the cache; the other way round both would wait for memory.
-        norm = row_norm(weight, lora_a, lora_b, scale).clamp_min_(EPS)
-        gain = magnitude.to(norm.dtype) / norm
-        # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the layer
-        # gives the very bits of the base layer, whose product adds the bias before it rounds.
-        rest = None if bias is None else (1 - gain) * bias
-        for rows in row_blocks(y, norm.dtype):
-            if rest is None:
-                torch.mul(y[rows], gain, out=y[rows])
-            else:
-                torch.addcmul(rest, y[rows], gain, out=y[rows])
-        if bias is not None and not y.is_meta:  # without values there is nothing to look for
-            large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
-            if large.numel():
-                inner = _inner_columns(large, x, weight, lora_b, h, scale / keep)
-                y[:, large] = torch.addcmul(bias[large].to(gain.dtype), inner, gain[large]).to(y.dtype)
-        return y, h, norm
+    layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
+    (y,), h, (norm,) = weight_decomposed_forward(x, [layer], mask, keep, [None])
+    return y, h, norm
 
 
-def dora_backward(
+def _single_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -165,115 +258,37 @@ def dora_backward(
     norm_grad: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients that `needs` asks for, in the order x, lora_a, lora_b, magnitude.
-
-    y is read for the magnitude's gradient and with `norm_grad` only.
-    """
-    with without_autocast(dy.device):
-        need_x, need_a, need_b, need_m = needs
-        acc = norm.dtype
-        gain = magnitude.to(acc) / norm
-        through_norm = norm_grad and (need_a or need_b)
-        need_dm = need_m or through_norm
-        dm = torch.zeros_like(norm)
-        inner_grad = torch.empty_like(dy)  # D = g ⊙ dy, (M, out)
-        for rows in row_blocks(dy, acc):
-            part = inner_grad[rows]
-            if need_dm:
-                assert y is not None
-                product = part if part.dtype == acc else torch.empty_like(part, dtype=acc)  # g ⊙ inner ⊙ dy
-                if bias is None:
-                    product.copy_(y[rows])
-                else:
-                    torch.sub(y[rows], bias.to(acc), out=product)
-                dm += product.mul_(dy[rows]).sum(0)
-            torch.mul(dy[rows], gain, out=part)
-        if need_dm:
-            assert x is not None
-            assert y is not None
-            dm /= magnitude.to(acc)
-            lost = _lost_columns(y, bias, gain)
-            if lost.numel():
-                inner = _inner_columns(lost, x, weight, lora_b, h, scale / keep)
-                dm[lost] = (inner.to(acc) * dy[:, lost]).sum(0) / norm[lost]
-        grads = low_rank_backward(inner_grad, x, weight, lora_a, lora_b, h, scale, mask, keep, [need_x, need_a, need_b])
-        if through_norm:
-            da, db = inverse_norm_gradients(weight, lora_a, lora_b, scale, dm * magnitude, norm, EPS)
-            if need_a:
-                grads[int(need_x)] += da
-            if need_b:
-                grads[-1] += db
-        if need_m:
-            grads.append(dm.to(magnitude.dtype))
-        return grads
+    layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
+    need_x, *need = needs
+    dx, (adapter,) = weight_decomposed_backward(
+        [dy], x, [layer], [y], [h], [norm], mask, keep, norm_grad, need_x, [DoRANeeds(*need)]
+    )
+    return [gradient for gradient in (dx, *adapter) if gradient is not None]
 
 
-def _inner_columns(columns: Tensor, x: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, scale: float) -> Tensor:
-    """``inner (M, len(columns))`` of some output features, from x and h and not from y."""
-    return F.linear(x, weight[columns].to(x.dtype)).addmm_(h, lora_b[columns].to(x.dtype).T, alpha=scale)
+def _save_single(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, lora_a, lora_b, magnitude, ctx.scale, mask, ctx.keep, ctx.norm_grad = inputs
+    y, h, norm = output
+    need_a, need_b, need_m = ctx.needs_input_grad[3:6]
+    need_y = need_m or (ctx.norm_grad and (need_a or need_b))
+    ctx.save_for_backward(
+        x if need_a or need_y else None, weight, bias, lora_a, lora_b, magnitude, y if need_y else None, h, norm, mask
+    )
 
 
-def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
-    """The output features whose product ``g ⊙ inner`` cannot be had from y with enough digits."""
-    lost = gain.abs() < SMALL_GAIN
-    if bias is not None:
-        sample = y[:: max(1, y.shape[0] // SAMPLE)]
-        lost |= bias.abs() > LARGE_BIAS * (sample - bias).abs().mean(0)
-    return lost.nonzero().squeeze(1)
-
-
-dora_forward.__signature__ = inspect.signature(dora_forward)  # type: ignore[attr-defined]  # see lora_linear
-
-
-class _DoRA(torch.autograd.Function):
-    """Saves x, h, n and the output y, whose storage its consumer usually saves too: nothing of the size out x in."""
-
-    forward = staticmethod(dora_forward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, lora_a, lora_b, magnitude, ctx.scale, mask, ctx.keep, ctx.norm_grad = inputs
-        y, h, norm = output
-        ctx.mark_non_differentiable(h, norm)
-        ctx.set_materialize_grads(False)
-        need_a, need_b, need_m = ctx.needs_input_grad[3:6]
-        need_y = need_m or (ctx.norm_grad and (need_a or need_b))
-        ctx.save_for_backward(
-            x if need_a or need_y else None, weight, bias, lora_a, lora_b, magnitude, y if need_y else None, h, norm, mask
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _dh: None, _dnorm: None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dora_backward, dy)
-
-
-def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of `dora_forward`'s arguments, by `run`: `dora_backward` or the operation made of it."""
-    if dy is None:
-        return (None,) * 10
-    try:
-        x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
-            "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
-            "y.mul_(...)). Use the out-of-place form of that operation."
-        ) from error
-    need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
-    needs = [need_x, need_a, need_b, need_m]
+def _single_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = _saved(ctx)
+    need_x, _, need_bias, *need_adapter = ctx.needs_input_grad[:6]
+    needs = [need_x, *need_adapter]
     options = (ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
-    grads = iter(run(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, *options))
+    grads = iter(_backward_op(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, *options))
     dx, da, db, dm = (next(grads) if need else None for need in needs)
-    dbias = dy.sum(0).to(bias.dtype) if need_bias else None
-    return dx, None, dbias, da, db, dm, None, None, None, None
+    return dx, None, dy.sum(0).to(bias.dtype) if need_bias else None, da, db, dm, None, None, None, None
 
 
-_forward_op = torch.library.custom_op("peftlite::dora_linear", dora_forward, mutates_args=())
-_backward_op = torch.library.custom_op("peftlite::dora_linear_backward", dora_backward, mutates_args=())
-_forward_op.register_autograd(lambda ctx, dy, *_: _gradients(ctx, _backward_op, dy), setup_context=_DoRA.setup_context)
+_forward_op = torch.library.custom_op("peftlite::dora_linear", _single_forward, mutates_args=())
+_backward_op = torch.library.custom_op("peftlite::dora_linear_backward", _single_backward, mutates_args=())
+_forward_op.register_autograd(_single_gradients, setup_context=_save_single)
 
 
 @_forward_op.register_fake

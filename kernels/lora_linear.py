@@ -4,7 +4,7 @@ The backward passes are derived in ``kernels/README.md``.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask, without_autocast
+from peftlite.kernels.low_rank import LoRAArguments, Needs, flatten, low_rank_backward, low_rank_forward, unflatten
 
 
 def lora_linear(
@@ -54,20 +55,42 @@ def lora_linear(
         tensor([[2.5000, 2.5000, 2.5000],
                 [2.5000, 2.5000, 2.5000]])
     """
-    check_linear_shapes("lora_linear", x, weight, lora_a, lora_b, bias)
+    return lora_linears(x, [LoRAArguments(weight, bias, lora_a, lora_b, scale)], dropout=dropout, impl=impl)[0]
+
+
+def lora_linears(x: Tensor, layers: Sequence[LoRAArguments], *, dropout: float = 0.0, impl: str = "auto") -> list[Tensor]:
+    """Compute `lora_linear` of several layers that read the same `x`, for less than one by one.
+
+    ``x̃`` is drawn once for all of them. x is cast and saved once, the products with all A are one, and the gradient of x
+    is summed inside the products that it consists of.
+
+    Args:
+        x: ``(..., in)``.
+        layers: weight, bias, factors and scale of each.
+        dropout: as in `lora_linear`.
+        impl: as in `lora_linear`.
+
+    Returns:
+        The ``(..., out)`` of each layer.
+    """
+    for layer in layers:
+        check_linear_shapes("lora_linear", x, layer.weight, layer.lora_a, layer.lora_b, layer.bias)
     implementation = choose("lora_linear", impl)
     x = x.to(compute_dtype(x))
     mask = draw_keep_mask(x, dropout)
+    keep = 1.0 - dropout
     if implementation == "reference":
-        return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, mask, 1.0 - dropout)
+        return [lora_linear_reference(x, *layer, mask, keep) for layer in layers]
     rows = x.reshape(-1, x.shape[-1])
     if mask is not None:
         mask = mask.reshape(rows.shape)
-    # Compiled code sees one registered operation; eager code runs the same passes without the dispatcher's overhead,
-    # and profilers, FLOP counters and memory meters see each ATen call.
-    run = _forward_op if torch.compiler.is_compiling() else _LoRA.apply
-    y, _ = run(rows, weight, bias, lora_a, lora_b, scale, mask, 1.0 - dropout)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # Compiled code sees one registered operation a layer; eager code runs the same passes without the dispatcher's
+    # overhead, and profilers, FLOP counters and memory meters see each ATen call.
+    if torch.compiler.is_compiling():
+        ys = [_forward_op(rows, *layer, mask, keep)[0] for layer in layers]
+    else:
+        ys = list(_LoRA.apply(rows, mask, keep, *flatten(layers))[: len(layers)])
+    return [y.view(*x.shape[:-1], layer.weight.shape[0]) for y, layer in zip(ys, layers, strict=True)]
 
 
 def lora_linear_reference(
@@ -87,7 +110,63 @@ def lora_linear_reference(
         return base + scale * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
 
-def low_rank_forward(
+class _LoRA(torch.autograd.Function):
+    """Saves x and h: nothing of the size M x out or out x in."""
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor | None, keep: float, *flat: Any) -> tuple[Tensor, ...]:
+        ys, h = low_rank_forward(x, [LoRAArguments(*layer) for layer in unflatten(flat, 5)], mask, keep)
+        return *ys, h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, mask, ctx.keep, *flat = inputs
+        *ys, h = output
+        count = len(ys)
+        weights, biases = flat[:count], flat[count : 2 * count]
+        factors, ctx.scales = flat[2 * count : 4 * count], flat[4 * count :]
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        need_a = any(ctx.needs_input_grad[3 + 2 * count : 3 + 3 * count])
+        ctx.save_for_backward(x if need_a else None, mask, h, *weights, *factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mask, h, *saved = ctx.saved_tensors
+        count = len(ctx.scales)
+        need_x, _, _, *need = ctx.needs_input_grad
+        layers = [LoRAArguments(w, None, a, b, s) for (w, a, b), s in zip(unflatten(saved, 3), ctx.scales, strict=True)]
+        hs = h.split([len(layer.lora_a) for layer in layers], dim=1)
+        used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
+        grads: list[Tensor | None] = [None] * (5 * count)
+        dx = None
+        if used:
+            dx, pairs = low_rank_backward(
+                [dys[k] for k in used],  # type: ignore[misc]
+                x,
+                [layers[k] for k in used],
+                [hs[k] for k in used],
+                mask,
+                ctx.keep,
+                need_x,
+                [Needs(need[2 * count + k], need[3 * count + k]) for k in used],
+            )
+            for k, (da, db) in zip(used, pairs, strict=True):
+                dy = dys[k]
+                assert dy is not None
+                if need[count + k]:
+                    grads[count + k] = dy.sum(0).to(ctx.bias_dtypes[k])
+                grads[2 * count + k], grads[3 * count + k] = da, db
+        return dx, None, None, *grads
+
+
+# `Function.apply` asks for the signature at every call; computing it costs a small layer a third of its step.
+_LoRA.forward.__signature__ = inspect.signature(_LoRA.forward)  # type: ignore[attr-defined]
+
+
+def _single_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -97,18 +176,11 @@ def low_rank_forward(
     mask: Tensor | None,
     keep: float,
 ) -> tuple[Tensor, Tensor]:
-    """``y (M, out)`` and ``h (M, r)`` for x ``(M, in)``; y is the only M x out tensor that is made.
-
-    ``h = (x ⊙ mask) Aᵀ``: the ``1 / keep`` of dropout joins the scale, which spares passes over x.
-    """
-    with without_autocast(x.device):
-        dtype = x.dtype
-        h = F.linear(_dropped(x, mask), lora_a.to(dtype))
-        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        return y.addmm_(h, lora_b.to(dtype).T, alpha=scale / keep), h
+    (y,), h = low_rank_forward(x, [LoRAArguments(weight, bias, lora_a, lora_b, scale)], mask, keep)
+    return y, h
 
 
-def low_rank_backward(
+def _single_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -120,72 +192,30 @@ def low_rank_backward(
     keep: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of `low_rank_forward` that `needs` asks for, in the order x, lora_a, lora_b; x is read for lora_a."""
-    with without_autocast(dy.device):
-        need_x, need_a, need_b = needs
-        dtype, scale = dy.dtype, scale / keep
-        grads = []
-        u = dy @ lora_b.to(dtype) if need_x or need_a else dy  # (M, r)
-        if need_x:
-            dx = dy @ weight.to(dtype)
-            if mask is None:
-                dx.addmm_(u, lora_a.to(dtype), alpha=scale)
-            else:
-                dx.addcmul_(u @ lora_a.to(dtype), mask.to(dtype), value=scale)
-            grads.append(dx)
-        if need_a:
-            assert x is not None
-            grads.append((u.T @ _dropped(x, mask)).to(lora_a.dtype).mul_(scale))
-        if need_b:
-            # In most shapes cheaper on CPU than dyᵀ h.
-            grads.append((h.T @ dy).T.to(lora_b.dtype).mul_(scale).contiguous())
-        return grads
+    layer = LoRAArguments(weight, None, lora_a, lora_b, scale)
+    need_x, *need = needs
+    dx, ((da, db),) = low_rank_backward([dy], x, [layer], [h], mask, keep, need_x, [Needs(*need)])
+    return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 
-def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+def _save_single(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, lora_a, lora_b, ctx.scale, mask, ctx.keep = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_a, lora_b, output[1], mask)
 
 
-# `Function.apply` asks for the signature at every call; computing it costs a small layer a third of its step.
-low_rank_forward.__signature__ = inspect.signature(low_rank_forward)  # type: ignore[attr-defined]
-
-
-class _LoRA(torch.autograd.Function):
-    """Saves x and h: nothing of the size M x out or out x in."""
-
-    forward = staticmethod(low_rank_forward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_a, lora_b, ctx.scale, mask, ctx.keep = inputs
-        h = output[1]
-        ctx.mark_non_differentiable(h)
-        ctx.set_materialize_grads(False)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_a, lora_b, h, mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _dh: None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, low_rank_backward, dy)
-
-
-def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of `low_rank_forward`'s arguments, by `run`: `low_rank_backward` or the operation made of it."""
-    if dy is None:
-        return (None,) * 8
+def _single_gradients(ctx: Any, dy: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
     x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
     needs = [need_x, need_a, need_b]
-    grads = iter(run(dy, x, weight, lora_a, lora_b, h, ctx.scale, mask, ctx.keep, needs))
+    grads = iter(_backward_op(dy, x, weight, lora_a, lora_b, h, ctx.scale, mask, ctx.keep, needs))
     dx, da, db = (next(grads) if need else None for need in needs)
-    dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
-    return dx, None, dbias, da, db, None, None, None
+    return dx, None, dy.sum(0).to(ctx.bias_dtype) if need_bias else None, da, db, None, None, None
 
 
-_forward_op = torch.library.custom_op("peftlite::lora_linear", low_rank_forward, mutates_args=())
-_backward_op = torch.library.custom_op("peftlite::lora_linear_backward", low_rank_backward, mutates_args=())
-_forward_op.register_autograd(lambda ctx, dy, _dh: _gradients(ctx, _backward_op, dy), setup_context=_LoRA.setup_context)
+_forward_op = torch.library.custom_op("peftlite::lora_linear", _single_forward, mutates_args=())
+_backward_op = torch.library.custom_op("peftlite::lora_linear_backward", _single_backward, mutates_args=())
+_forward_op.register_autograd(_single_gradients, setup_context=_save_single)
 
 
 @_forward_op.register_fake

@@ -1,5 +1,6 @@
 """row_norm: ``n = ‖W + s B A‖_row`` and its gradient without a dense ``B A``, for DoRA (Liu et al. 2024, arXiv:2402.09353)."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -15,12 +16,40 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+class BaseSquare:
+    """``‖W‖²`` of each row of a weight, kept from one call to the next and computed again when the weight has changed.
+
+    Along with it goes the image ``W p`` of a fixed vector p. Whoever needs ``‖W‖²`` forms ``W p`` anew, which costs next to
+    nothing beside ``W Aᵀ``, and compares every bit: that sees any change of W, by whatever means it was written, that
+    would change ``‖W‖²`` by more than rounding.
+    """
+
+    def __init__(self) -> None:
+        self._probe: Tensor | None = None
+        self._image: Tensor | None = None
+        self._square: Tensor | None = None
+
+    def probe(self, a: Tensor) -> Tensor:
+        """The vector p ``(1, in)``, in the dtype of `a`: of either sign and between 1 and 2 in size."""
+        if self._probe is None or self._probe.shape[1] != a.shape[1] or self._probe.dtype != a.dtype:
+            self._probe = _drawn_probe(a.shape[1], a.dtype)
+        return self._probe
+
+    def __call__(self, image: Tensor, weight: Tensor, acc: torch.dtype) -> Tensor:
+        """``‖W‖² (out,)`` in `acc`, for ``image = W p``."""
+        if self._image is None or self._square is None or self._image.dtype != acc or not torch.equal(self._image, image):
+            self._image, self._square = image.clone(), _base_square(weight, acc)
+        return self._square
+
+
 @torch.no_grad()
-def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def row_norm(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, base_square: BaseSquare | None = None
+) -> Tensor:
     """Compute ``n_j = ‖W_j + s (B A)_j‖``, ``(out,)``, in fp32 at least and without a gradient.
 
-    On CPU the square is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which reads W twice and makes
-    ``out x r`` temporaries only; rows that cancel (``W ≈ -s B A``) are computed again directly. Elsewhere every row is
+    On CPU the square is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which makes ``out x r``
+    temporaries only; rows that cancel (``W ≈ -s B A``) are computed again directly. Elsewhere every row is
     computed directly, a block at a time, since looking for such rows would make the host wait for the device.
 
     Args:
@@ -28,6 +57,7 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Te
         lora_a: ``(r, in)``.
         lora_b: ``(out, r)``.
         scale: the factor ``s``.
+        base_square: keeps ``‖W‖²`` of this weight, which spares one of the two readings of W on CPU.
 
     Example:
         >>> row_norm(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2), torch.zeros(1, 1), 1.0)
@@ -37,17 +67,18 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Te
     a, b = lora_a.to(acc), lora_b.to(acc)
     if weight.device.type != "cpu":
         return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
-    base = torch.empty(weight.shape[0], dtype=acc)
-    cross = torch.empty_like(b)  # W Aᵀ, (out, r)
+    rank = len(a)
+    rows_of_a = a if base_square is None else torch.cat([a, base_square.probe(a)])
+    cross = torch.empty(len(b), len(rows_of_a), dtype=acc)  # W [A; p]ᵀ
     for rows, w in _blocks(weight, acc):
-        torch.linalg.vector_norm(w, dim=1, out=base[rows])
-        torch.mm(w, a.T, out=cross[rows])
-    base.square_()
-    square = cross.addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(base)
-    cancelled = torch.lt(square, base.mul_(CANCELLATION)).nonzero().squeeze(1)
-    norm = square.clamp_min_(0).sqrt_()
-    if cancelled.numel():
-        norm[cancelled] = _direct(weight[cancelled].to(acc), a, b[cancelled], scale)
+        torch.mm(w, rows_of_a.T, out=cross[rows])
+    base = _base_square(weight, acc) if base_square is None else base_square(cross[:, rank], weight, acc)
+    square = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(base)
+    cancelled = torch.lt(square, base * CANCELLATION)  # a square below 0 is among them
+    norm = square.sqrt_()
+    if cancelled.any():
+        rows = cancelled.nonzero().squeeze(1)
+        norm[rows] = _direct(weight[rows].to(acc), a, b[rows], scale)
     return norm
 
 
@@ -95,6 +126,20 @@ def row_blocks(matrix: Tensor, acc: torch.dtype) -> Iterator[slice]:
     step = max(1, (CPU_BLOCK if on_cpu else DEVICE_BLOCK) // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
+
+
+def _base_square(weight: Tensor, acc: torch.dtype) -> Tensor:
+    square = torch.empty(len(weight), dtype=acc)
+    for rows, w in _blocks(weight, acc):
+        torch.linalg.vector_norm(w, dim=1, out=square[rows])
+    return square.square_()
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn_probe(features: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(features)
+    size = 1 + torch.rand(1, features, generator=generator, dtype=torch.float64)
+    return (size * (2 * torch.randint(2, size.shape, generator=generator) - 1)).to(dtype)
 
 
 def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

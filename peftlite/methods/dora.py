@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from peftlite.adapter import AdapterLinear, check_dropout
-from peftlite.kernels.dora_linear import EPS, dora_linear
-from peftlite.kernels.row_norm import row_norm
+from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.row_norm import BaseSquare, row_norm
+from peftlite.kernels.weight_decomposed import EPS
 
 
 @final
@@ -56,6 +57,7 @@ class DoRALinear(AdapterLinear):
             raise ValueError(f"dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
         self.dropout, self.dropout_mode, self.norm_grad = check_dropout(dropout), dropout_mode, norm_grad
         self.create_factors(alpha, rslora)
+        self._base_square = BaseSquare()
         self.magnitude = nn.Parameter(row_norm(self.base_weight(), self.lora_a, self.lora_b, self.scale))
 
     def config(self) -> dict[str, Any]:
@@ -89,6 +91,7 @@ class DoRALinear(AdapterLinear):
             dropout=self.dropout if self.training else 0.0,
             dropout_mode=self.dropout_mode,
             norm_grad=self.norm_grad,
+            base_square=self._base_square,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

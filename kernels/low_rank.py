@@ -1,0 +1,133 @@
+"""The passes of ``y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ`` on ATen calls, for several layers that read the same x.
+
+One layer is the simplest case. Derivations and measured choices are in ``kernels/README.md``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftlite.kernels.dispatch import without_autocast
+
+
+class LoRAArguments(NamedTuple):
+    """What a low-rank layer reads besides x."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+def low_rank_forward(
+    x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None, keep: float
+) -> tuple[list[Tensor], Tensor]:
+    """``y (M, out)`` of each layer and ``h (M, Σ r)`` for x ``(M, in)``; no other M x out tensor is made.
+
+    ``h = (x ⊙ mask) Aᵀ``, side by side: the ``1 / keep`` of dropout joins the scale, which spares passes over x.
+    """
+    with without_autocast(x.device):
+        dtype = x.dtype
+        h = F.linear(_dropped(x, mask), _stacked([layer.lora_a for layer in layers], dtype))
+        ys = []
+        for layer, part in zip(layers, h.split([len(layer.lora_a) for layer in layers], dim=1), strict=True):
+            y = F.linear(x, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+            ys.append(y.addmm_(part, layer.lora_b.to(dtype).T, alpha=layer.scale / keep))
+        return ys, h
+
+
+class Needs(NamedTuple):
+    """Which gradients of a layer's factors are asked for."""
+
+    lora_a: bool
+    lora_b: bool
+
+
+def low_rank_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    layers: Sequence[LoRAArguments],
+    hs: Sequence[Tensor],
+    mask: Tensor | None,
+    keep: float,
+    need_x: bool,
+    needs: Sequence[Needs],
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """The gradient of x, and of each layer's lora_a and lora_b, for the gradients ``dy (M, out)`` of the outputs.
+
+    Args:
+        dys: of each layer.
+        x: ``(M, in)``, read for the gradients of lora_a only.
+        layers: as in the forward pass.
+        hs: ``(M, r)`` of each layer, from the forward pass.
+        mask: as in the forward pass.
+        keep: as in the forward pass.
+        need_x: whether the gradient of x is asked for.
+        needs: which others are.
+    """
+    with without_autocast(dys[0].device):
+        dtype = dys[0].dtype
+        dx: Tensor | None = None
+        das: Sequence[Tensor | None] = [None] * len(layers)
+        if need_x or any(need.lora_a for need in needs):
+            u = _shrunk(dys, layers, keep)  # s dy B, side by side
+            if need_x:
+                for dy, layer in zip(dys, layers, strict=True):
+                    weight = layer.weight.to(dtype)
+                    dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                assert dx is not None
+                a = _stacked([layer.lora_a for layer in layers], dtype)
+                dx = dx.addmm_(u, a) if mask is None else dx.addcmul_(u @ a, mask.to(dtype))
+            if any(need.lora_a for need in needs):
+                assert x is not None
+                # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
+                da = u.T.contiguous() @ _dropped(x, mask)
+                das = da.split([len(layer.lora_a) for layer in layers])
+        grads: list[tuple[Tensor | None, Tensor | None]] = []
+        for dy, layer, h, da_k, need in zip(dys, layers, hs, das, needs, strict=True):
+            db = None
+            if need.lora_b:  # in most shapes cheaper on CPU than dyᵀ h
+                db = (h.T.contiguous() @ dy).T.to(layer.lora_b.dtype).mul_(layer.scale / keep).contiguous()
+            grads.append((da_k.to(layer.lora_a.dtype) if da_k is not None and need.lora_a else None, db))
+        return dx, grads
+
+
+def _shrunk(dys: Sequence[Tensor], layers: Sequence[LoRAArguments], keep: float) -> Tensor:
+    """``s dy B / keep`` of each layer, side by side, ``(M, Σ r)``."""
+    dtype = dys[0].dtype
+    if len(layers) == 1:
+        return dys[0] @ _scaled(layers[0], keep, dtype)
+    u = dys[0].new_empty(len(dys[0]), sum(layer.lora_b.shape[1] for layer in layers))
+    for part, dy, layer in zip(u.split([layer.lora_b.shape[1] for layer in layers], dim=1), dys, layers, strict=True):
+        torch.mm(dy, _scaled(layer, keep, dtype), out=part)
+    return u
+
+
+def _scaled(layer: LoRAArguments, keep: float, dtype: torch.dtype) -> Tensor:
+    """``s B / keep`` in `dtype`, rounded once."""
+    return (layer.lora_b * (layer.scale / keep)).to(dtype)
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(factors) == 1:
+        return factors[0].to(dtype)
+    return torch.cat([factor.to(dtype) for factor in factors])
+
+
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def flatten(layers: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """All weights, then all biases, and so on: the arguments of several layers as an autograd function takes them."""
+    return [value for values in zip(*layers, strict=True) for value in values]
+
+
+def unflatten(flat: Sequence[Any], fields: int) -> list[tuple[Any, ...]]:
+    """The reverse of `flatten`, for arguments of so many `fields`."""
+    count = len(flat) // fields
+    return list(zip(*(flat[start : start + count] for start in range(0, len(flat), count)), strict=True))

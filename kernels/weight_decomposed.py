@@ -1,0 +1,152 @@
+"""The passes of ``y = g ⊙ (x Wᵀ + s (x̃ Aᵀ) Bᵀ) + b``, ``g = m / n``, on ATen calls, for several layers that read the same x.
+
+One layer is the simplest case. Derivations and measured choices are in ``kernels/README.md``.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
+from peftlite.kernels.dispatch import without_autocast
+from peftlite.kernels.low_rank import LoRAArguments, Needs, low_rank_backward, low_rank_forward
+from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_norm
+
+EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
+LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
+SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed, and m may be 0
+LARGE_BIAS = 4.0  # times the root mean square of g ⊙ inner: above it, y - b has lost the digits that dm needs
+SAMPLE = 16  # rows of y that this mean is taken over
+
+
+class DoRAArguments(NamedTuple):
+    """What a weight-decomposed layer reads besides x."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor
+    scale: float
+
+    @property
+    def low_rank(self) -> LoRAArguments:
+        """The layer inside the gain."""
+        return LoRAArguments(self.weight, self.bias, self.lora_a, self.lora_b, self.scale)
+
+
+class DoRANeeds(NamedTuple):
+    """Which gradients of a layer's adapter are asked for."""
+
+    lora_a: bool
+    lora_b: bool
+    magnitude: bool
+
+
+def weight_decomposed_forward(
+    x: Tensor,
+    layers: Sequence[DoRAArguments],
+    mask: Tensor | None,
+    keep: float,
+    base_squares: Sequence[BaseSquare | None],
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """``y (M, out)`` of each layer, ``h = x̃ Aᵀ (M, Σ r)`` and the norms ``n (out,)``; no other M x out tensor is made."""
+    with without_autocast(x.device):
+        ys, h = low_rank_forward(x, [layer.low_rank for layer in layers], mask, keep)
+        hs = h.split([len(layer.lora_a) for layer in layers], dim=1)
+        norms = []
+        for layer, y, part, base_square in zip(layers, ys, hs, base_squares, strict=True):
+            weight, bias, lora_a, lora_b, magnitude, scale = layer
+            # After the product, which has brought W into the cache; the other way round both would wait for memory.
+            norm = row_norm(weight, lora_a, lora_b, scale, base_square).clamp_min_(EPS)
+            gain = magnitude.to(norm.dtype) / norm
+            # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the
+            # layer gives the very bits of the base layer, whose product adds the bias before it rounds.
+            scale_columns(y, gain, None if bias is None else torch.addcmul(bias, gain, bias, value=-1))
+            if bias is not None and not y.is_meta and _exceeds(gain, LARGE_GAIN):  # on meta there are no values to look at
+                large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
+                inner = _inner_columns(large, x, layer, part, keep)
+                y[:, large] = torch.addcmul(bias[large].to(gain.dtype), inner, gain[large]).to(y.dtype)
+            norms.append(norm)
+        return ys, h, norms
+
+
+def weight_decomposed_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    layers: Sequence[DoRAArguments],
+    ys: Sequence[Tensor | None],
+    hs: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    mask: Tensor | None,
+    keep: float,
+    norm_grad: bool,
+    need_x: bool,
+    needs: Sequence[DoRANeeds],
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+    """The gradient of x, and of each layer's lora_a, lora_b and magnitude, for the gradients ``dy (M, out)``.
+
+    x and y are read for the gradient of the magnitude, and with `norm_grad` for those of the factors; x for that of lora_a.
+    """
+    with without_autocast(dys[0].device):
+        inner_grads, dms = [], []
+        for dy, y, layer, h, norm, need in zip(dys, ys, layers, hs, norms, needs, strict=True):
+            magnitude = layer.magnitude.to(norm.dtype)
+            gain = magnitude / norm
+            if not (need.magnitude or (norm_grad and (need.lora_a or need.lora_b))):
+                inner_grads.append((dy * gain).to(dy.dtype))
+                dms.append(None)
+                continue
+            assert x is not None
+            assert y is not None
+            inner_grad, dm = scale_columns_backward(dy, y, gain, layer.bias)
+            dm /= magnitude
+            lost = _lost_columns(y, layer.bias, gain)
+            if lost is not None:
+                inner = _inner_columns(lost, x, layer, h, keep)
+                dm[lost] = (inner.to(norm.dtype) * dy[:, lost]).sum(0) / norm[lost]
+            inner_grads.append(inner_grad)
+            dms.append(dm)
+        factors = [Needs(need.lora_a, need.lora_b) for need in needs]
+        dx, pairs = low_rank_backward(
+            inner_grads, x, [layer.low_rank for layer in layers], hs, mask, keep, need_x, factors
+        )
+        grads = []
+        for (da, db), dm, layer, norm, need in zip(pairs, dms, layers, norms, needs, strict=True):
+            if norm_grad and dm is not None:
+                extra_a, extra_b = inverse_norm_gradients(
+                    layer.weight, layer.lora_a, layer.lora_b, layer.scale, dm * layer.magnitude, norm, EPS
+                )
+                da = None if da is None else da + extra_a
+                db = None if db is None else db + extra_b
+            grads.append((da, db, dm.to(layer.magnitude.dtype) if dm is not None and need.magnitude else None))
+        return dx, grads
+
+
+def _inner_columns(columns: Tensor, x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> Tensor:
+    """``inner (M, len(columns))`` of some output features, from x and h and not from y."""
+    weight, lora_b = layer.weight[columns].to(x.dtype), layer.lora_b[columns].to(x.dtype)
+    return F.linear(x, weight).addmm_(h, lora_b.T, alpha=layer.scale / keep)
+
+
+def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor | None:
+    """The output features whose product ``g ⊙ inner`` cannot be had from y with enough digits, or None."""
+    lost = gain.abs() < SMALL_GAIN if _exceeds(1 / gain, 1 / SMALL_GAIN) else None
+    if bias is not None and y.numel():
+        sample = y[:: max(1, len(y) // SAMPLE)]
+        share = bias / torch.linalg.vector_norm(sample - bias, dim=0)  # of the root of the sum of squares
+        limit = LARGE_BIAS / math.sqrt(len(sample))
+        if _exceeds(share, limit):
+            swamped = ~(share.abs() <= limit) & (bias != 0)
+            lost = swamped if lost is None else lost | swamped
+    return None if lost is None else lost.nonzero().squeeze(1)
+
+
+def _exceeds(values: Tensor, limit: float) -> bool:
+    """Whether a value is larger in size than `limit`, or is not a number."""
+    low, high = values.aminmax()
+    return not (-limit <= low and high <= limit)
