@@ -179,7 +179,7 @@ class _DoRA(torch.autograd.Function):
         x, mask, h, *saved = _saved(ctx)
         count = len(ctx.scales)
         ys, norms, flat = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        layers = [DoRAArguments(*tensors, s) for tensors, s in zip(unflatten(flat, 5), ctx.scales, strict=True)]
+        layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
         hs = h.split([len(layer.lora_a) for layer in layers], dim=1)
         need_x = ctx.needs_input_grad[0]
         needs = unflatten(ctx.needs_input_grad[4 : 4 + 6 * count], 6)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from peftlite.kernels.dispatch import without_autocast
+
 CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
 DEVICE_BLOCK = 1 << 24  # elsewhere a block bounds the memory, and each costs launches
 CANCELLATION = 0.5  # n² below this share of ‖W‖²: the expanded square has lost digits
@@ -43,9 +45,7 @@ class BaseSquare:
 
 
 @torch.no_grad()
-def row_norm(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, base_square: BaseSquare | None = None
-) -> Tensor:
+def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, base_square: BaseSquare | None = None) -> Tensor:
     """Compute ``n_j = ‖W_j + s (B A)_j‖``, ``(out,)``, in fp32 at least and without a gradient.
 
     On CPU the square is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which makes ``out x r``
@@ -63,23 +63,24 @@ def row_norm(
         >>> row_norm(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2), torch.zeros(1, 1), 1.0)
         tensor([5.])
     """
-    acc = accumulation_dtype(weight, lora_a, lora_b)
-    a, b = lora_a.to(acc), lora_b.to(acc)
-    if weight.device.type != "cpu":
-        return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
-    rank = len(a)
-    rows_of_a = a if base_square is None else torch.cat([a, base_square.probe(a)])
-    cross = torch.empty(len(b), len(rows_of_a), dtype=acc)  # W [A; p]ᵀ
-    for rows, w in _blocks(weight, acc):
-        torch.mm(w, rows_of_a.T, out=cross[rows])
-    base = _base_square(weight, acc) if base_square is None else base_square(cross[:, rank], weight, acc)
-    square = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(base)
-    cancelled = torch.lt(square, base * CANCELLATION)  # a square below 0 is among them
-    norm = square.sqrt_()
-    if cancelled.any():
-        rows = cancelled.nonzero().squeeze(1)
-        norm[rows] = _direct(weight[rows].to(acc), a, b[rows], scale)
-    return norm
+    with without_autocast(weight.device):  # also where a layer is made under autocast
+        acc = accumulation_dtype(weight, lora_a, lora_b)
+        a, b = lora_a.to(acc), lora_b.to(acc)
+        if weight.device.type != "cpu":
+            return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
+        rank = len(a)
+        rows_of_a = a if base_square is None else torch.cat([a, base_square.probe(a)])
+        cross = torch.empty(len(b), len(rows_of_a), dtype=acc)  # W [A; p]ᵀ
+        for rows, w in _blocks(weight, acc):
+            torch.mm(w, rows_of_a.T, out=cross[rows])
+        base = _base_square(weight, acc) if base_square is None else base_square(cross[:, rank], weight, acc)
+        square = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(base)
+        cancelled = torch.lt(square, base * CANCELLATION)  # a square below 0 is among them
+        norm = square.sqrt_()
+        if cancelled.any():
+            few = cancelled.nonzero().squeeze(1)
+            norm[few] = _direct(weight[few].to(acc), a, b[few], scale)
+        return norm
 
 
 @torch.no_grad()

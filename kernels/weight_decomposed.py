@@ -93,7 +93,8 @@ def weight_decomposed_backward(
     x and y are read for the gradient of the magnitude, and with `norm_grad` for those of the factors; x for that of lora_a.
     """
     with without_autocast(dys[0].device):
-        inner_grads, dms = [], []
+        inner_grads: list[Tensor] = []
+        dms: list[Tensor | None] = []
         for dy, y, layer, h, norm, need in zip(dys, ys, layers, hs, norms, needs, strict=True):
             magnitude = layer.magnitude.to(norm.dtype)
             gain = magnitude / norm
@@ -112,18 +113,16 @@ def weight_decomposed_backward(
             inner_grads.append(inner_grad)
             dms.append(dm)
         factors = [Needs(need.lora_a, need.lora_b) for need in needs]
-        dx, pairs = low_rank_backward(
-            inner_grads, x, [layer.low_rank for layer in layers], hs, mask, keep, need_x, factors
-        )
-        grads = []
-        for (da, db), dm, layer, norm, need in zip(pairs, dms, layers, norms, needs, strict=True):
-            if norm_grad and dm is not None:
+        dx, pairs = low_rank_backward(inner_grads, x, [layer.low_rank for layer in layers], hs, mask, keep, need_x, factors)
+        grads: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
+        for (da, db), total, layer, norm, need in zip(pairs, dms, layers, norms, needs, strict=True):
+            if norm_grad and total is not None:
                 extra_a, extra_b = inverse_norm_gradients(
-                    layer.weight, layer.lora_a, layer.lora_b, layer.scale, dm * layer.magnitude, norm, EPS
+                    layer.weight, layer.lora_a, layer.lora_b, layer.scale, total * layer.magnitude, norm, EPS
                 )
                 da = None if da is None else da + extra_a
                 db = None if db is None else db + extra_b
-            grads.append((da, db, dm.to(layer.magnitude.dtype) if dm is not None and need.magnitude else None))
+            grads.append((da, db, total.to(layer.magnitude.dtype) if total is not None and need.magnitude else None))
         return dx, grads
 
 

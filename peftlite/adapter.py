@@ -3,6 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -101,6 +102,7 @@ class AdapterLinear(nn.Module, ABC):
         self._generator = generator
         self._standing = "adapted"  # or "base", or "merged": see `disable_adapters` and `merged`
         self._merged_weight: Tensor | None = None
+        self.group: Callable[[AdapterLinear, Tensor], Tensor] | None = None  # see `fuse_adapters`
         self.weight, self.bias = linear.weight, linear.bias
         before = [(p, p.data, p.requires_grad) for p in linear.parameters()]
         try:
@@ -144,6 +146,11 @@ class AdapterLinear(nn.Module, ABC):
         """Compute ``x effective_weight()ᵀ + bias`` for x ``(..., in)``; a method may do it in a cheaper way."""
         return _linear(x, self.effective_weight(), self.bias)
 
+    @classmethod
+    def fused_forward(cls, layers: Sequence[Self], x: Tensor) -> list[Tensor]:
+        """The outputs of several layers for one x ``(..., in)``; a method whose layers can share work defines it."""
+        raise NotImplementedError(f"{cls.__name__} has no form for layers that run together.")
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``(..., in)`` to ``(..., out)``."""
         if self._standing == "base":
@@ -156,7 +163,7 @@ class AdapterLinear(nn.Module, ABC):
                 )
             assert self._merged_weight is not None
             return _linear(x, self._merged_weight, self.bias)
-        return self.adapted_forward(x)
+        return self.adapted_forward(x) if self.group is None else self.group(self, x)
 
     def base_weight(self) -> Tensor:
         """The frozen weight ``(out, in)`` as a dense tensor; every method reads the base through this accessor."""
@@ -169,6 +176,11 @@ class AdapterLinear(nn.Module, ABC):
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's own tensors by name, parameters and buffers: all of the state but `weight` and `bias`."""
         return {name: t for name, t in self.state_dict().items() if name not in ("weight", "bias")}
+
+    @property
+    def standing(self) -> str:
+        """Which function the layer answers with: ``"adapted"``, ``"base"`` or ``"merged"``."""
+        return self._standing
 
     def stand(self, standing: str, merged_weight: Tensor | None = None) -> tuple[str, Tensor | None]:
         """Answer with the ``"adapted"``, the ``"base"`` or the ``"merged"`` function from now on; returns what stood."""

@@ -3,13 +3,14 @@
 import contextlib
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from peftlite.adapter import AdapterLinear
+from peftlite.fusion import fuse_adapters
 from peftlite.methods import METHODS
 from peftlite.targets import Targets, as_patterns, both_target_and_trained, find_targets, require_match, resolve_pattern
 
@@ -30,6 +31,7 @@ def inject_adapters(
     alpha_pattern: Mapping[str, float] | None = None,
     base_dtype: torch.dtype | str | None = None,
     seed: int | None = None,
+    fuse: Iterable[Sequence[str]] = (),
     **method_options: Any,
 ) -> Model:
     """Replace the target layers of `model` by adapted ones, in place, and freeze everything else.
@@ -52,6 +54,8 @@ def inject_adapters(
             good: `remove_adapters` gives back the rounded layer.
         seed: makes the initial values a function of seed and layer name alone. By default a seed is drawn from torch's
             global generator, so that they follow ``torch.manual_seed``.
+        fuse: groups of layers that read the same input and run together, such as ``[("query", "key", "value")]``; see
+            `fuse_adapters`.
         method_options: further options of the method, such as ``rslora=True``.
 
     Returns:
@@ -103,6 +107,7 @@ def inject_adapters(
                 **({} if layer_alpha is None else {"alpha": layer_alpha}),
             )
         install(model, layers, trained=parameters)
+        fuse_adapters(model, fuse)
     return model
 
 

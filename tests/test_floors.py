@@ -15,7 +15,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("adapter", "quantization"),
     ("methods.*",),
     ("methods",),
-    ("targets",),
+    ("targets", "fusion"),
     ("inject", "training.*"),
     ("training",),
     ("merge", "checkpoint", "interop.*", "analysis.*"),
@@ -23,7 +23,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("", "cli"),
 ]
 # Helpers that a module of the same floor may use.
-BESIDE = {("merge", "inject"), ("kernels.dora_linear", "kernels.lora_linear"), ("kernels.dora_linear", "kernels.row_norm")}
+BESIDE = {("merge", "inject")}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -1,6 +1,6 @@
 """DoRA: Liu et al. 2024, arXiv:2402.09353."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from peftlite.adapter import AdapterLinear, check_dropout
-from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.dora_linear import dora_linears
 from peftlite.kernels.row_norm import BaseSquare, row_norm
-from peftlite.kernels.weight_decomposed import EPS
+from peftlite.kernels.weight_decomposed import EPS, DoRAArguments
 
 
 @final
@@ -80,19 +80,23 @@ class DoRALinear(AdapterLinear):
 
     def adapted_forward(self, x: Tensor) -> Tensor:
         """``g ⊙ (x Wᵀ + s (x̃ Aᵀ) Bᵀ) + b`` without a dense weight."""
-        return dora_linear(
+        return self.fused_forward([self], x)[0]
+
+    @classmethod
+    def fused_forward(cls, layers: Sequence[Self], x: Tensor) -> list[Tensor]:
+        """The same for several layers that read one x."""
+        first = layers[0]
+        return dora_linears(
             x,
-            self.base_weight(),
-            self.bias,
-            self.lora_a,
-            self.lora_b,
-            self.magnitude,
-            self.scale,
-            dropout=self.dropout if self.training else 0.0,
-            dropout_mode=self.dropout_mode,
-            norm_grad=self.norm_grad,
-            base_square=self._base_square,
+            [layer._arguments() for layer in layers],
+            dropout=first.dropout if first.training else 0.0,
+            dropout_mode=first.dropout_mode,
+            norm_grad=first.norm_grad,
+            base_squares=[layer._base_square for layer in layers],
         )
+
+    def _arguments(self) -> DoRAArguments:
+        return DoRAArguments(self.base_weight(), self.bias, self.lora_a, self.lora_b, self.magnitude, self.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         magnitude, gradient = self.magnitude, self.magnitude.grad

@@ -1,11 +1,14 @@
 """LoRA: Hu et al. 2021, arXiv:2106.09685."""
 
+from collections.abc import Sequence
 from typing import Any, final
 
 from torch import Tensor
+from typing_extensions import Self
 
 from peftlite.adapter import AdapterLinear, check_dropout
-from peftlite.kernels.lora_linear import lora_linear
+from peftlite.kernels.lora_linear import lora_linears
+from peftlite.kernels.low_rank import LoRAArguments
 
 
 @final
@@ -53,5 +56,13 @@ class LoRALinear(AdapterLinear):
 
     def adapted_forward(self, x: Tensor) -> Tensor:
         """``x Wᵀ + b + s (x̃ Aᵀ) Bᵀ`` without the dense update."""
-        dropout = self.dropout if self.training else 0.0
-        return lora_linear(x, self.base_weight(), self.bias, self.lora_a, self.lora_b, self.scale, dropout=dropout)
+        return self.fused_forward([self], x)[0]
+
+    @classmethod
+    def fused_forward(cls, layers: Sequence[Self], x: Tensor) -> list[Tensor]:
+        """The same for several layers that read one x."""
+        dropout = layers[0].dropout if layers[0].training else 0.0
+        return lora_linears(x, [layer._arguments() for layer in layers], dropout=dropout)
+
+    def _arguments(self) -> LoRAArguments:
+        return LoRAArguments(self.base_weight(), self.bias, self.lora_a, self.lora_b, self.scale)

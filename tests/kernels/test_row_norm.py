@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from oracles import SIZES, assert_within_budget
 
 from peftlite.kernels import row_norm as module
-from peftlite.kernels.row_norm import inverse_norm_gradients, row_norm
+from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,3 +104,55 @@ def test_gradients_equal_autograd(dtype, block, monkeypatch):
     for value, eager, oracle in zip(actual, autograd(torch.float32), autograd(torch.float64), strict=True):
         assert_within_budget(value, eager, oracle, torch.finfo(torch.float32).eps)
     assert not actual[1][4:6].any()
+
+
+def test_a_layer_may_be_made_under_autocast():
+    weight, a, b = draw(5, 7, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = row_norm(weight, a, b, 0.5)
+    assert torch.equal(actual, row_norm(weight, a, b, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *NARROW])
+def test_a_kept_base_square_changes_no_bit_and_is_kept(dtype, monkeypatch):
+    weight, a, b = draw(29, 40, 4, dtype)
+    keeper, calls = BaseSquare(), []
+    compute = module._base_square
+    monkeypatch.setattr(module, "_base_square", lambda *arguments: calls.append(1) or compute(*arguments))
+    for scale in (0.5, 0.5, 2.0):
+        expected = row_norm(weight, a, b, scale)
+        calls.clear()
+        actual = row_norm(weight, a, b, scale, keeper)
+        assert_within_budget(actual, expected.float(), expected.double(), torch.finfo(actual.dtype).eps)
+        a.add_(0.1)
+    assert not calls
+
+
+WRITES = {
+    "in place": lambda w: w.mul_(1.5),
+    "through data": lambda w: w.data.__setitem__((3, 5), w[3, 5] + 0.01),
+    "one element by one bit": lambda w: w.data.view(torch.int32)[3, 5:6].bitwise_xor_(1 << 12),
+    "two elements swapped with a sign": lambda w: w.data[3].copy_(torch.cat([-w[3, 1:2], w[3, :1], w[3, 2:]])),
+    "a row permuted, of the same norm": lambda w: w.data[3].copy_(w[3].flip(0)),
+    "numpy": lambda w: w.detach().numpy().__imul__(2),
+    "rows exchanged": lambda w: w.data.copy_(w.flip(0).clone()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_written_weight_is_noticed_however_it_was_written(write):
+    weight, a, b = draw(29, 40, 4)
+    keeper = BaseSquare()
+    row_norm(weight, a, b, 0.5, keeper)
+    version = weight._version
+    WRITES[write](weight)
+    assert torch.equal(row_norm(weight, a, b, 0.5, keeper), row_norm(weight, a, b, 0.5, BaseSquare()))
+    if write != "in place":
+        assert weight._version == version  # nothing else could have told
+
+
+def test_a_kept_base_square_follows_the_dtype_and_shape_of_the_weight():
+    keeper = BaseSquare()
+    for dtype, inner in ((torch.float32, 40), (torch.float64, 40), (torch.bfloat16, 40), (torch.float32, 13)):
+        weight, a, b = draw(29, inner, 4, dtype)
+        assert torch.equal(row_norm(weight, a, b, 0.5, keeper), row_norm(weight, a, b, 0.5, BaseSquare()))
