@@ -28,8 +28,7 @@ class BaseSquare:
 
     def __init__(self) -> None:
         self._probe: Tensor | None = None
-        self._image: Tensor | None = None
-        self._square: Tensor | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def probe(self, a: Tensor) -> Tensor:
         """The vector p ``(1, in)``, in the dtype of `a`: of either sign and between 1 and 2 in size."""
@@ -37,11 +36,12 @@ class BaseSquare:
             self._probe = _drawn_probe(a.shape[1], a.dtype)
         return self._probe
 
-    def __call__(self, image: Tensor, weight: Tensor, acc: torch.dtype) -> Tensor:
-        """``‖W‖² (out,)`` in `acc`, for ``image = W p``."""
-        if self._image is None or self._square is None or self._image.dtype != acc or not torch.equal(self._image, image):
-            self._image, self._square = image.clone(), _base_square(weight, acc)
-        return self._square
+    def __call__(self, image: Tensor, weight: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``‖W‖² (out,)`` in `acc`, and the share of it below which a sum counts as cancelled, for ``image = W p``."""
+        if self._kept is None or self._kept[0].dtype != acc or not torch.equal(self._kept[0], image):
+            square = _base_square(weight, acc)
+            self._kept = image.clone(), square, square * CANCELLATION
+        return self._kept[1:]
 
 
 @torch.no_grad()
@@ -73,9 +73,13 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, base_
         cross = torch.empty(len(b), len(rows_of_a), dtype=acc)  # W [A; p]ᵀ
         for rows, w in _blocks(weight, acc):
             torch.mm(w, rows_of_a.T, out=cross[rows])
-        base = _base_square(weight, acc) if base_square is None else base_square(cross[:, rank], weight, acc)
+        if base_square is None:
+            base = _base_square(weight, acc)
+            floor = base * CANCELLATION
+        else:
+            base, floor = base_square(cross[:, rank], weight, acc)
         square = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(base)
-        cancelled = torch.lt(square, base * CANCELLATION)  # a square below 0 is among them
+        cancelled = torch.lt(square, floor)  # a square below 0 is among them
         norm = square.sqrt_()
         if cancelled.any():
             few = cancelled.nonzero().squeeze(1)

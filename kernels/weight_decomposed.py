@@ -3,7 +3,6 @@
 One layer is the simplest case. Derivations and measured choices are in ``kernels/README.md``.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_no
 EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
 LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
 SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed, and m may be 0
-LARGE_BIAS = 4.0  # times the root mean square of g ⊙ inner: above it, y - b has lost the digits that dm needs
+LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
 SAMPLE = 16  # rows of y that this mean is taken over
 
 
@@ -137,8 +136,8 @@ def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor | None
     lost = gain.abs() < SMALL_GAIN if _exceeds(1 / gain, 1 / SMALL_GAIN) else None
     if bias is not None and y.numel():
         sample = y[:: max(1, len(y) // SAMPLE)]
-        share = bias / torch.linalg.vector_norm(sample - bias, dim=0)  # of the root of the sum of squares
-        limit = LARGE_BIAS / math.sqrt(len(sample))
+        share = bias / (sample - bias).abs_().sum(0)
+        limit = LARGE_BIAS / len(sample)
         if _exceeds(share, limit):
             swamped = ~(share.abs() <= limit) & (bias != 0)
             lost = swamped if lost is None else lost | swamped
@@ -148,4 +147,4 @@ def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor | None
 def _exceeds(values: Tensor, limit: float) -> bool:
     """Whether a value is larger in size than `limit`, or is not a number."""
     low, high = values.aminmax()
-    return not (-limit <= low and high <= limit)
+    return not (-limit <= low.item() and high.item() <= limit)
