@@ -22,8 +22,8 @@ class BaseSquare:
     """``‖W‖²`` of each row of a weight, kept from one call to the next and computed again when the weight has changed.
 
     Along with it goes the image ``W p`` of a fixed vector p. Whoever needs ``‖W‖²`` forms ``W p`` anew, which costs next to
-    nothing beside ``W Aᵀ``, and compares every bit: that sees any change of W, by whatever means it was written, that
-    would change ``‖W‖²`` by more than rounding.
+    nothing beside ``W Aᵀ``, and compares every bit of all rows: that sees any change of W, by whatever means it was
+    written, that would change ``‖W‖²`` by more than the rounding of that product.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,14 @@ class BaseSquare:
 
 
 @torch.no_grad()
-def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, base_square: BaseSquare | None = None) -> Tensor:
+def row_norm(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    base_square: BaseSquare | None = None,
+    compute: torch.dtype | None = None,
+) -> Tensor:
     """Compute ``n_j = ‖W_j + s (B A)_j‖``, ``(out,)``, in fp32 at least and without a gradient.
 
     On CPU the square is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which makes ``out x r``
@@ -58,6 +65,9 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, base_
         lora_b: ``(out, r)``.
         scale: the factor ``s``.
         base_square: keeps ``‖W‖²`` of this weight, which spares one of the two readings of W on CPU.
+        compute: dtype of the layer's products. Where W is stored in the same 16 bits, CPU takes the product ``W Aᵀ`` in them
+            too, like every other product of the layer, for half of the time: n then errs by up to ``eps ⟨|B|, |W Aᵀ|⟩ / n``,
+            a share of eps of what the adapter does to it.
 
     Example:
         >>> row_norm(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2), torch.zeros(1, 1), 1.0)
@@ -70,9 +80,12 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, base_
             return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
         rank = len(a)
         rows_of_a = a if base_square is None else torch.cat([a, base_square.probe(a)])
-        cross = torch.empty(len(b), len(rows_of_a), dtype=acc)  # W [A; p]ᵀ
-        for rows, w in _blocks(weight, acc):
-            torch.mm(w, rows_of_a.T, out=cross[rows])
+        if weight.dtype == compute and compute.itemsize == 2:
+            cross = (weight @ rows_of_a.to(compute).T).to(acc)  # W [A; p]ᵀ, (out, r + 1)
+        else:
+            cross = torch.empty(len(b), len(rows_of_a), dtype=acc)
+            for rows, w in _blocks(weight, acc):
+                torch.mm(w, rows_of_a.T, out=cross[rows])
         if base_square is None:
             base = _base_square(weight, acc)
             floor = base * CANCELLATION

@@ -61,7 +61,7 @@ def weight_decomposed_forward(
         for layer, y, part, base_square in zip(layers, ys, hs, base_squares, strict=True):
             weight, bias, lora_a, lora_b, magnitude, scale = layer
             # After the product, which has brought W into the cache; the other way round both would wait for memory.
-            norm = row_norm(weight, lora_a, lora_b, scale, base_square).clamp_min_(EPS)
+            norm = row_norm(weight, lora_a, lora_b, scale, base_square, x.dtype).clamp_min_(EPS)
             gain = magnitude.to(norm.dtype) / norm
             # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the
             # layer gives the very bits of the base layer, whose product adds the bias before it rounds.

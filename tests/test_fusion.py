@@ -116,7 +116,7 @@ def test_a_group_that_reads_different_inputs_says_so_once_and_stays_right():
     x, memory = torch.randn(4, 12), torch.randn(4, 12)
     with pytest.warns(UserWarning, match=r"fuse: 0.query, .* 0.key was called with another tensor.* Leave them out"):
         actual = model(x, memory)
-    assert torch.equal(actual, alone(x, memory))
+    assert torch.allclose(actual, alone(x, memory), atol=1e-6)  # query's came from a pass of all three
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model(x, memory), alone(x, memory))

@@ -156,3 +156,17 @@ def test_a_kept_base_square_follows_the_dtype_and_shape_of_the_weight():
     for dtype, inner in ((torch.float32, 40), (torch.float64, 40), (torch.bfloat16, 40), (torch.float32, 13)):
         weight, a, b = draw(29, inner, 4, dtype)
         assert torch.equal(row_norm(weight, a, b, 0.5, keeper), row_norm(weight, a, b, 0.5, BaseSquare()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_16_bits_cost_a_share_of_eps_of_what_the_adapter_does(dtype):
+    weight, a, b = draw(29, 40, 4, dtype)
+    b *= 0.1
+    exact = row_norm(weight, a, b, 0.5)
+    for keeper in (None, BaseSquare()):
+        actual = row_norm(weight, a, b, 0.5, keeper, dtype)
+        assert actual.dtype == torch.float32
+        terms = 0.5 * (b.abs() * (weight.float().abs() @ a.abs().T)).sum(1) / exact
+        assert ((actual - exact).abs() <= 2 * torch.finfo(dtype).eps * terms).all()
+    assert not torch.equal(actual, exact)  # it is another path
+    assert torch.equal(row_norm(weight, a, 0 * b, 0.5, None, dtype), row_norm(weight, a, 0 * b, 0.5))  # exact at birth
