@@ -71,15 +71,13 @@ def _sum_of_squares(
 
 @triton.jit
 def _store_gain(square, magnitude, out, row, rows, HAS_GAIN: tl.constexpr, EPSILON: tl.constexpr):
-    """Norm, and with `HAS_GAIN` gain and 1 / m (0 where m is 0), from the sum of squares: rows 1, 0 and 2 of `out`."""
+    """Norm, and with `HAS_GAIN` gain, from the sum of squares: rows 1 and 0 of `out`."""
     in_rows = row < rows
     norm = tl.maximum(tl.sqrt_rn(square), EPSILON, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + rows + row, norm, mask=in_rows)
     if HAS_GAIN:
         m = widened(tl.load(magnitude + row, mask=in_rows, other=1.0))
         tl.store(out + row, tl.div_rn(m, norm), mask=in_rows)
-        inverse = tl.where(m == 0.0, 0.0, tl.div_rn(tl.full(m.shape, 1.0, tl.float32), tl.where(m == 0.0, 1.0, m)))
-        tl.store(out + 2 * rows + row, inverse, mask=in_rows)
 
 
 @triton.jit
@@ -166,18 +164,18 @@ def _row_norm_grouped_kernel(
 
 
 def row_norm_gain(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:
-    """Compute `(3, out)` in fp32: ``g = m / n``, ``n = max(‖W + s B A‖_row, 1e-12)`` and ``1 / m``, the latter 0 where m is 0.
+    """Compute `(2, out)` in fp32: ``g = m / n`` and ``n = max(‖W + s B A‖_row, 1e-12)``.
 
     Args:
         weight: ``(out, in)``, contiguous in its rows; read once.
         a: ``(RP, in)``, as `pack_adapters` makes it.
         b: ``(out, RP)``, likewise.
-        magnitude: ``(out,)``, or None: then n alone is computed.
+        magnitude: ``(out,)``, or None: then g is not written.
         scale: the factor ``s``.
     """
     rows, columns = weight.shape
     arch, rank = architecture(weight.device), a.shape[0]
-    out = torch.empty(3, rows, dtype=torch.float32, device=weight.device)
+    out = torch.empty(2, rows, dtype=torch.float32, device=weight.device)
     tile = config("row_norm", arch=arch, dtype=weight.dtype, rank=rank, columns=columns, rows=rows)
     split = tile["SPLIT"]
     parts = out if split == 1 else torch.empty(split, rows, dtype=torch.float32, device=weight.device)

@@ -14,7 +14,7 @@ from peftlite.kernels.launch_triton import DTYPES, architecture
 class Module:
     """What the preparation of one adapted layer reads and writes; all but `weight` contiguous, `weight` in its rows.
 
-    `weight`, `magnitude` and `out` are None for a layer without a norm; `out (3, out)` takes gain, norm and 1 / m.
+    `weight`, `magnitude` and `out` are None for a layer without a norm; `out (2, out)` takes gain and norm.
     """
 
     lora_a: Tensor
