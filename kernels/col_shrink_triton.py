@@ -224,7 +224,8 @@ def _check(
         if columns != expected or not shared or (shared > 1 and apart) or v.shape[1] % len(factors):
             raise ValueError(
                 f"col_shrink: factors of shapes {[tuple(f.shape) for f in factors]} (by_rank={by_rank}) do not fit {group} "
-                f"x of {[x.shape[1] for x in xs]} columns and v of shape {tuple(v.shape)}; give one factor for each x, or several "
+                f"x of {[x.shape[1] for x in xs]} columns and v of shape {tuple(v.shape)}; give one factor for "
+                f"each x, or several "
                 "for a single x that has no gains, magnitudes or biases."
             )
     elif factors:
