@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask, without_autocast
-from peftlite.kernels.lora_linear import lora_linear_reference, lora_linears
+from peftlite.kernels.dispatch import (
+    check_linear_shapes,
+    choose,
+    compute_dtype,
+    draw_keep_mask,
+    saved_tensors,
+)
+from peftlite.kernels.lora_linear import lora_linears
 from peftlite.kernels.low_rank import LoRAArguments, flatten, unflatten
 from peftlite.kernels.row_norm import BaseSquare, accumulation_dtype
 from peftlite.kernels.weight_decomposed import (
-    EPS,
     DoRAArguments,
     DoRANeeds,
+    dora_linear_reference,
     weight_decomposed_backward,
     weight_decomposed_forward,
 )
@@ -43,7 +49,7 @@ def dora_linear(
 
     The norm is a constant of the graph, as in §4.3 of the paper, unless `norm_grad` asks for the exact gradient. Norm and
     gain are fp32 at least, whatever the dtype of the computation; the bias stands outside the gain. With ``m = ‖W‖_row``
-    as `row_norm` computes it and ``B = 0`` the gain is exactly 1 and y exactly ``x Wᵀ + b``.
+    as `row_norm` computes it and ``B = 0`` the gain is exactly 1 (with Triton: but for an ulp) and y ``x Wᵀ + b``.
 
     Args:
         x: ``(..., in)``.
@@ -58,7 +64,7 @@ def dora_linear(
             ``y = x Wᵀ + (g - 1) ⊙ (x̃ Wᵀ) + g ⊙ s (x̃ Aᵀ) Bᵀ + b``, at the price of a second product with W.
         norm_grad: differentiate through the norm too.
         base_square: keeps ``‖W‖²`` of this layer's weight from one call to the next, and sees when W has changed.
-        impl: ``"reference"``, ``"torch"`` or ``"auto"``.
+        impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
         ``(..., out)`` in the dtype of the computation.
@@ -104,8 +110,12 @@ def dora_linears(
         check_linear_shapes("dora_linear", x, layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.magnitude)
     if dropout_mode not in ("lowrank", "peft"):
         raise ValueError(f"dora_linear: dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
-    implementation = choose("dora_linear", impl)
+    implementation = choose("dora_linear", impl, x, layers[0].weight)
     x = x.to(compute_dtype(x))
+    if implementation == "triton" and (dropout_mode == "lowrank" or dropout == 0.0):
+        from peftlite.kernels.dora_linear_triton import dora_linear_triton
+
+        return [dora_linear_triton(x, *layer, dropout, norm_grad) for layer in layers]
     mask = draw_keep_mask(x, dropout)
     keep = 1.0 - dropout
     squares = [None] * len(layers) if base_squares is None else base_squares
@@ -127,26 +137,6 @@ def dora_linears(
         flat = flatten([(*layer, square) for layer, square in zip(layers, squares, strict=True)])
         ys = list(_DoRA.apply(rows, mask, keep, norm_grad, *flat)[: len(layers)])
     return [y.view(*x.shape[:-1], layer.weight.shape[0]) for y, layer in zip(ys, layers, strict=True)]
-
-
-def dora_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
-    keep: float = 1.0,
-    norm_grad: bool = False,
-) -> Tensor:
-    """`dora_linear` in plain torch, for `x` of any shape and a drawn `mask`: the oracle of the tests."""
-    with without_autocast(x.device):
-        inner = lora_linear_reference(x, weight, None, lora_a, lora_b, scale, mask, keep)
-        norm = torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1).clamp_min(EPS)
-        y = magnitude / (norm if norm_grad else norm.detach()) * inner
-        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class _DoRA(torch.autograd.Function):
@@ -176,7 +166,7 @@ class _DoRA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mask, h, *saved = _saved(ctx)
+        x, mask, h, *saved = saved_tensors("dora_linear", ctx)
         count = len(ctx.scales)
         ys, norms, flat = saved[:count], saved[count : 2 * count], saved[2 * count :]
         layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
@@ -206,19 +196,6 @@ class _DoRA(torch.autograd.Function):
                     grads[k][1] = dy.sum(0).to(bias.dtype)  # type: ignore[union-attr]
                 grads[k][2:5] = adapter
         return dx, None, None, None, *flatten(grads)  # type: ignore[arg-type]
-
-
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
-            "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
-            "y.mul_(...)). Use the out-of-place form of that operation."
-        ) from error
 
 
 _DoRA.forward.__signature__ = inspect.signature(_DoRA.forward)  # type: ignore[attr-defined]  # see lora_linear
@@ -277,7 +254,7 @@ def _save_single(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _single_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = _saved(ctx)
+    x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = saved_tensors("dora_linear", ctx)
     need_x, _, need_bias, *need_adapter = ctx.needs_input_grad[:6]
     needs = [need_x, *need_adapter]
     options = (ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask, without_autocast
+from peftlite.kernels.dispatch import (
+    check_linear_shapes,
+    choose,
+    compute_dtype,
+    draw_keep_mask,
+    saved_tensors,
+    without_autocast,
+)
 from peftlite.kernels.low_rank import LoRAArguments, Needs, flatten, low_rank_backward, low_rank_forward, unflatten
 
 
@@ -41,7 +48,7 @@ def lora_linear(
         lora_b: ``(out, r)``.
         scale: the factor ``s``.
         dropout: probability of dropping an element of `x` on the low-rank path only; pass 0 in evaluation.
-        impl: ``"reference"``, ``"torch"`` or ``"auto"``.
+        impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
         ``(..., out)`` in the dtype of the computation.
@@ -75,8 +82,12 @@ def lora_linears(x: Tensor, layers: Sequence[LoRAArguments], *, dropout: float =
     """
     for layer in layers:
         check_linear_shapes("lora_linear", x, layer.weight, layer.lora_a, layer.lora_b, layer.bias)
-    implementation = choose("lora_linear", impl)
+    implementation = choose("lora_linear", impl, x, layers[0].weight)
     x = x.to(compute_dtype(x))
+    if implementation == "triton":
+        from peftlite.kernels.lora_linear_triton import lora_linear_triton
+
+        return [lora_linear_triton(x, *layer, dropout) for layer in layers]
     mask = draw_keep_mask(x, dropout)
     keep = 1.0 - dropout
     if implementation == "reference":
@@ -134,7 +145,7 @@ class _LoRA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mask, h, *saved = ctx.saved_tensors
+        x, mask, h, *saved = saved_tensors("lora_linear", ctx)
         count = len(ctx.scales)
         need_x, _, _, *need = ctx.needs_input_grad
         layers = [LoRAArguments(w, None, a, b, s) for (w, a, b), s in zip(unflatten(saved, 3), ctx.scales, strict=True)]
@@ -206,7 +217,7 @@ def _save_single(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _single_gradients(ctx: Any, dy: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-    x, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
+    x, weight, lora_a, lora_b, h, mask = saved_tensors("lora_linear", ctx)
     needs = [need_x, need_a, need_b]
     grads = iter(_backward_op(dy, x, weight, lora_a, lora_b, h, ctx.scale, mask, ctx.keep, needs))
     dx, da, db = (next(grads) if need else None for need in needs)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
 from peftlite.kernels.dispatch import without_autocast
+from peftlite.kernels.lora_linear import lora_linear_reference
 from peftlite.kernels.low_rank import LoRAArguments, Needs, low_rank_backward, low_rank_forward
 from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_norm
 
@@ -44,6 +45,26 @@ class DoRANeeds(NamedTuple):
     lora_a: bool
     lora_b: bool
     magnitude: bool
+
+
+def dora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    keep: float = 1.0,
+    norm_grad: bool = False,
+) -> Tensor:
+    """`dora_linear` in plain torch, for `x` of any shape and a drawn `mask`: the oracle of the tests."""
+    with without_autocast(x.device):
+        inner = lora_linear_reference(x, weight, None, lora_a, lora_b, scale, mask, keep)
+        norm = torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1).clamp_min(EPS)
+        y = magnitude / (norm if norm_grad else norm.detach()) * inner
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 def weight_decomposed_forward(
