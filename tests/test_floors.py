@@ -23,7 +23,12 @@ FLOORS: list[tuple[str, ...]] = [
     ("", "cli"),
 ]
 # Helpers that a module of the same floor may use.
-BESIDE = {("merge", "inject"), ("kernels.dora_linear", "kernels.lora_linear"), ("kernels.dora_linear", "kernels.row_norm")}
+BESIDE = {
+    ("merge", "inject"),
+    ("kernels.dora_linear", "kernels.lora_linear"),
+    ("kernels.dora_linear", "kernels.row_norm"),
+    ("analysis.intervention", "analysis.intruders"),
+}
 
 
 def sources() -> dict[str, ast.Module]:

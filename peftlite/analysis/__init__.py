@@ -1,4 +1,9 @@
 """Look at an adapted model."""
 
+from peftlite.analysis.intervention import ScaledMatrix as ScaledMatrix
+from peftlite.analysis.intervention import scale_intruders as scale_intruders
+from peftlite.analysis.intruders import IntruderReport as IntruderReport
+from peftlite.analysis.intruders import MatrixReport as MatrixReport
+from peftlite.analysis.intruders import intruder_report as intruder_report
 from peftlite.analysis.summary import Summary as Summary
 from peftlite.analysis.summary import summary as summary
