@@ -185,6 +185,20 @@ class AdapterLinear(nn.Module, ABC):
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """Factors A ``(r, in)`` and B ``(out, r)``, the scale folded into B, with ``effective_weight() = base_weight() + B A``.
+
+        They are copies without a graph, in the dtype of the adapter. Their rank need not be `rank`: methods that multiply
+        or mix several factors need more. `convert_to_lora` does this for a whole model.
+
+        Raises:
+            ValueError: if the method's update is not of low rank; its merged weight is what it can be exported as.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be written as plain LoRA: what it does to the base weight is no update of low "
+            "rank. merge_adapters(model) folds it into the base weight, and effective_weight() is that weight."
+        )
+
     def create_factors(self, alpha: float | None, rslora: bool) -> None:
         """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`.
 
