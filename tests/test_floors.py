@@ -19,7 +19,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("targets",),
     ("inject", "training.*"),
     ("training",),
-    ("merge", "checkpoint", "interop.*", "analysis.*"),
+    ("merge", "convert", "checkpoint", "interop.*", "analysis.*"),
     ("interop", "analysis"),
     ("", "cli"),
 ]
