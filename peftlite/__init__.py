@@ -5,6 +5,7 @@ from peftlite.adapter import AdapterLinear as AdapterLinear
 from peftlite.analysis import summary as summary
 from peftlite.checkpoint import load_adapters as load_adapters
 from peftlite.checkpoint import save_adapters as save_adapters
+from peftlite.convert import convert_to_lora as convert_to_lora
 from peftlite.inject import adapters as adapters
 from peftlite.inject import disable_adapters as disable_adapters
 from peftlite.inject import inject_adapters as inject_adapters
