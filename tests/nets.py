@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from peftlite import METHODS, AdapterLinear
 
 # Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
-CHOICES: dict[str, dict[str, Any]] = {"dropout_mode": {"dropout_mode": "peft", "dropout": 0.25}}
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25}
+CHOICES: dict[str, dict[str, Any]] = {
+    "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
+    "normaliser": {"normaliser": "factors"},
+    "finished": {"finished": [2, 0, 1]},
+    "phase": {"finished": [2], "phase": "between"},
+}
+NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "magnitude": 0.8}
 
 
 def options_of(method: str) -> list[str]:

@@ -223,6 +223,7 @@ def closed_formula(method: str, in_features: int, out_features: int, rank: int) 
     counts = {
         "lora": low_rank,
         "dora": low_rank + out_features,
+        "sdlora": low_rank + 1,
     }
     return counts[method]
 

@@ -281,7 +281,7 @@ def _matrices(weights: Weights) -> dict[str, Callable[[], Tensor]]:
     for name, module in weights.named_modules():
         if isinstance(module, AdapterLinear):
             found[name] = _effective(module)
-        elif isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2:  # type: ignore[union-attr]
+        elif isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2:
             found[name] = partial(getattr, module, "weight")
     return found
 

@@ -3,5 +3,6 @@
 from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
 from peftlite.methods.lora import LoRALinear as LoRALinear
+from peftlite.methods.sdlora import SDLoRALinear as SDLoRALinear
 
-METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear)}
+METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear, SDLoRALinear)}
