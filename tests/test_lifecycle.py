@@ -120,7 +120,8 @@ def test_training_mode_without_dropout_is_evaluation_mode(variant: Variant) -> N
     assert_same(outcome(layer.train(), x), outcome(layer.eval(), x))
 
 
-DROPPING = [v for v in VARIANTS if "dropout" in options_of(v[0])]
+# Between two tasks SD-LoRA has only the directions of finished ones, and these are zero here.
+DROPPING = [v for v in VARIANTS if "dropout" in options_of(v[0]) and v[1].get("phase") != "between"]
 
 
 @pytest.mark.parametrize("variant", DROPPING, ids=variant_id)

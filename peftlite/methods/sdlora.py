@@ -21,7 +21,7 @@ class SDLoRALinear(AdapterLinear):
 
     ``A (r, in)`` is `lora_a`, ``B (out, r)`` is `lora_b`, ``α (t,)`` is `magnitudes`. The directions of finished tasks,
     ``D_k = B_k A_k / ‖B_k A_k‖_F``, are frozen in `directions_a` and `directions_b`, with `coefficients` for the ``c_k``.
-    Trained on task t: ``r (in + out) + t`` parameters. `end_task` freezes the current direction, `start_task` adds the next one;
+    Trained on task t: ``r (in + out) + t`` parameters. `end_task` freezes the current direction, `start_task` adds the next;
     neither changes the function. For learning tasks one after the other, without their data and without being told at test
     time which task it is. Without dropout the cost of a forward is LoRA's at the sum of the ranks.
 
