@@ -29,6 +29,7 @@ BESIDE = {
     ("kernels.dora_linear", "kernels.lora_linear"),
     ("kernels.dora_linear", "kernels.row_norm"),
     ("analysis.intervention", "analysis.intruders"),
+    ("analysis.step", "analysis.meters"),
 }
 
 

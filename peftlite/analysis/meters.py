@@ -88,7 +88,7 @@ class _RefuseUncounted(TorchDispatchMode):
         if func.namespace == "aten" and packet not in self._known and _MATMUL_LIKE.search(packet.__name__):
             raise NotImplementedError(
                 f"FLOPs asked of a computation that calls {packet}, for which no formula is known, so the sum would be "
-                "too small; add its formula to benchmarks/meters.py"
+                "too small; add its formula to peftlite/analysis/meters.py"
             )
         return func(*args, **(kwargs or {}))
 
