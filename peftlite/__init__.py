@@ -14,6 +14,8 @@ from peftlite.merge import merge_adapters as merge_adapters
 from peftlite.merge import merged as merged
 from peftlite.methods import METHODS as METHODS
 from peftlite.methods import DoRALinear as DoRALinear
+from peftlite.methods import LoRAFALinear as LoRAFALinear
 from peftlite.methods import LoRALinear as LoRALinear
+from peftlite.methods import MELoRALinear as MELoRALinear
 from peftlite.targets import find_targets as find_targets
 from peftlite.training import param_groups as param_groups

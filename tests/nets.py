@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from peftlite import METHODS, AdapterLinear
 
 # Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
-CHOICES: dict[str, dict[str, Any]] = {"dropout_mode": {"dropout_mode": "peft", "dropout": 0.25}}
+CHOICES: dict[str, dict[str, Any]] = {
+    "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
+    "melora.blocks": {"blocks": 1},  # more do not fit the smallest shapes; two are the default
+}
 NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25}
 
 

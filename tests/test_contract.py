@@ -223,6 +223,8 @@ def closed_formula(method: str, in_features: int, out_features: int, rank: int) 
     counts = {
         "lora": low_rank,
         "dora": low_rank + out_features,
+        "lora_fa": rank * out_features,
+        "melora": low_rank,
     }
     return counts[method]
 

@@ -3,5 +3,15 @@
 from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
 from peftlite.methods.lora import LoRALinear as LoRALinear
+from peftlite.methods.lora_fa import LoRAFALinear as LoRAFALinear
+from peftlite.methods.melora import MELoRALinear as MELoRALinear
 
-METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear)}
+METHODS: dict[str, type[AdapterLinear]] = {
+    cls.method: cls
+    for cls in (
+        LoRALinear,
+        DoRALinear,
+        LoRAFALinear,
+        MELoRALinear,
+    )
+}
