@@ -2,9 +2,11 @@
 
 from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
+from peftlite.methods.ia3 import IA3Linear as IA3Linear
 from peftlite.methods.lora import LoRALinear as LoRALinear
 from peftlite.methods.lora_fa import LoRAFALinear as LoRAFALinear
 from peftlite.methods.melora import MELoRALinear as MELoRALinear
+from peftlite.methods.paca import PaCALinear as PaCALinear
 
 METHODS: dict[str, type[AdapterLinear]] = {
     cls.method: cls
@@ -13,5 +15,7 @@ METHODS: dict[str, type[AdapterLinear]] = {
         DoRALinear,
         LoRAFALinear,
         MELoRALinear,
+        PaCALinear,
+        IA3Linear,
     )
 }
