@@ -14,7 +14,12 @@ from peftlite.merge import merge_adapters as merge_adapters
 from peftlite.merge import merged as merged
 from peftlite.methods import METHODS as METHODS
 from peftlite.methods import DoRALinear as DoRALinear
+from peftlite.methods import IA3Linear as IA3Linear
+from peftlite.methods import LoRAFALinear as LoRAFALinear
 from peftlite.methods import LoRALinear as LoRALinear
+from peftlite.methods import MELoRALinear as MELoRALinear
+from peftlite.methods import PaCALinear as PaCALinear
 from peftlite.methods import SDLoRALinear as SDLoRALinear
+from peftlite.methods import XGBLoRALinear as XGBLoRALinear
 from peftlite.targets import find_targets as find_targets
 from peftlite.training import param_groups as param_groups

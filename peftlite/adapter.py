@@ -47,6 +47,8 @@ class AdapterLinear(nn.Module, ABC):
 
     weight: Tensor
     bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
     scale: float = 1.0
 
     def __init__(

@@ -14,11 +14,13 @@ from peftlite import METHODS, AdapterLinear
 # Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
 CHOICES: dict[str, dict[str, Any]] = {
     "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
+    "ia3.side": {"side": "in"},
+    "melora.blocks": {"blocks": 1},  # more do not fit the smallest shapes; two are the default
     "normaliser": {"normaliser": "factors"},
     "finished": {"finished": [2, 0, 1]},
     "phase": {"finished": [2], "phase": "between"},
 }
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "magnitude": 0.8}
+NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "magnitude": 0.8, "boosted_rank": 2}
 
 
 def options_of(method: str) -> list[str]:

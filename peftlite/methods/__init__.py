@@ -2,7 +2,24 @@
 
 from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
+from peftlite.methods.ia3 import IA3Linear as IA3Linear
 from peftlite.methods.lora import LoRALinear as LoRALinear
+from peftlite.methods.lora_fa import LoRAFALinear as LoRAFALinear
+from peftlite.methods.melora import MELoRALinear as MELoRALinear
+from peftlite.methods.paca import PaCALinear as PaCALinear
 from peftlite.methods.sdlora import SDLoRALinear as SDLoRALinear
+from peftlite.methods.xgblora import XGBLoRALinear as XGBLoRALinear
 
-METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear, SDLoRALinear)}
+METHODS: dict[str, type[AdapterLinear]] = {
+    cls.method: cls
+    for cls in (
+        LoRALinear,
+        DoRALinear,
+        LoRAFALinear,
+        MELoRALinear,
+        PaCALinear,
+        IA3Linear,
+        SDLoRALinear,
+        XGBLoRALinear,
+    )
+}
