@@ -18,6 +18,9 @@ from peftlite.methods import IA3Linear as IA3Linear
 from peftlite.methods import LoRAFALinear as LoRAFALinear
 from peftlite.methods import LoRALinear as LoRALinear
 from peftlite.methods import MELoRALinear as MELoRALinear
+from peftlite.methods import OLoRALinear as OLoRALinear
 from peftlite.methods import PaCALinear as PaCALinear
+from peftlite.methods import PiSSALinear as PiSSALinear
+from peftlite.methods import TTLoRALinear as TTLoRALinear
 from peftlite.targets import find_targets as find_targets
 from peftlite.training import param_groups as param_groups

@@ -13,6 +13,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("kernels.dispatch", "_version"),
     ("kernels",),
     ("adapter", "quantization"),
+    ("starting_point",),
     ("methods.*",),
     ("methods",),
     ("targets",),

@@ -6,7 +6,10 @@ from peftlite.methods.ia3 import IA3Linear as IA3Linear
 from peftlite.methods.lora import LoRALinear as LoRALinear
 from peftlite.methods.lora_fa import LoRAFALinear as LoRAFALinear
 from peftlite.methods.melora import MELoRALinear as MELoRALinear
+from peftlite.methods.olora import OLoRALinear as OLoRALinear
 from peftlite.methods.paca import PaCALinear as PaCALinear
+from peftlite.methods.pissa import PiSSALinear as PiSSALinear
+from peftlite.methods.tt_lora import TTLoRALinear as TTLoRALinear
 
 METHODS: dict[str, type[AdapterLinear]] = {
     cls.method: cls
@@ -15,7 +18,10 @@ METHODS: dict[str, type[AdapterLinear]] = {
         DoRALinear,
         LoRAFALinear,
         MELoRALinear,
+        TTLoRALinear,
         PaCALinear,
+        PiSSALinear,
+        OLoRALinear,
         IA3Linear,
     )
 }
