@@ -15,6 +15,8 @@ from peftlite.merge import merged as merged
 from peftlite.methods import METHODS as METHODS
 from peftlite.methods import DoRALinear as DoRALinear
 from peftlite.methods import IA3Linear as IA3Linear
+from peftlite.methods import LoHaLinear as LoHaLinear
+from peftlite.methods import LoKrLinear as LoKrLinear
 from peftlite.methods import LoRAFALinear as LoRAFALinear
 from peftlite.methods import LoRALinear as LoRALinear
 from peftlite.methods import MELoRALinear as MELoRALinear

@@ -3,6 +3,8 @@
 from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
 from peftlite.methods.ia3 import IA3Linear as IA3Linear
+from peftlite.methods.loha import LoHaLinear as LoHaLinear
+from peftlite.methods.lokr import LoKrLinear as LoKrLinear
 from peftlite.methods.lora import LoRALinear as LoRALinear
 from peftlite.methods.lora_fa import LoRAFALinear as LoRAFALinear
 from peftlite.methods.melora import MELoRALinear as MELoRALinear
@@ -23,5 +25,7 @@ METHODS: dict[str, type[AdapterLinear]] = {
         PiSSALinear,
         OLoRALinear,
         IA3Linear,
+        LoHaLinear,
+        LoKrLinear,
     )
 }
