@@ -24,5 +24,8 @@ from peftlite.methods import OLoRALinear as OLoRALinear
 from peftlite.methods import PaCALinear as PaCALinear
 from peftlite.methods import PiSSALinear as PiSSALinear
 from peftlite.methods import TTLoRALinear as TTLoRALinear
+from peftlite.selection import top_layers as top_layers
+from peftlite.selection import train_only as train_only
 from peftlite.targets import find_targets as find_targets
 from peftlite.training import param_groups as param_groups
+from peftlite.training import suggest_lr as suggest_lr

@@ -19,7 +19,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("targets",),
     ("inject", "training.*"),
     ("training",),
-    ("merge", "convert", "checkpoint", "interop.*", "analysis.*"),
+    ("merge", "convert", "selection", "checkpoint", "interop.*", "analysis.*"),
     ("interop", "analysis"),
     ("", "cli"),
 ]
