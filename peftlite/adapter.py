@@ -149,7 +149,7 @@ class AdapterLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``(..., in)`` to ``(..., out)``."""
         if self._standing == "base":
-            return _linear(x, self.base_weight(), self.bias)
+            return self.base_forward(x)
         if self._standing == "merged":
             if self.training:
                 raise RuntimeError(
@@ -163,6 +163,10 @@ class AdapterLinear(nn.Module, ABC):
     def base_weight(self) -> Tensor:
         """The frozen weight ``(out, in)`` as a dense tensor; every method reads the base through this accessor."""
         return self.weight
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the frozen layer computes for x ``(..., in)``, in autocast's dtype where it is on, else in that of x."""
+        return _linear(x, self.base_weight(), self.bias)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but `weight` and `bias`."""

@@ -75,7 +75,7 @@ def inject_adapters(
             f"the model already carries {len(present)} adapters (the first is {next(iter(present))!r}); call remove_adapters "
             "or merge_adapters first. For other ranks in some layers use rank_pattern."
         )
-    heads, parameters = _find_trainable(model, trainable)
+    heads, parameters = find_trainable(model, trainable)
     found = find_targets(model, targets, exclude=exclude, heads=heads)
     for name, linear in found.items():  # also by a single parameter, or through a tied weight
         if any(own is parameter for own in linear.parameters() for parameter in parameters):
@@ -209,7 +209,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _find_trainable(model: nn.Module, trainable: str | Iterable[str]) -> tuple[list[str], list[nn.Parameter]]:
+def find_trainable(model: nn.Module, trainable: str | Iterable[str]) -> tuple[list[str], list[nn.Parameter]]:
     """The modules that `trainable` names, and all parameters that it means."""
     modules = {name: m for name, m in model.named_modules() if name and next(m.parameters(), None) is not None}
     parameters = dict(model.named_parameters(remove_duplicate=False))

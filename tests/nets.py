@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from peftlite import METHODS, AdapterLinear
 
 # Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
-CHOICES: dict[str, dict[str, Any]] = {
+# None: no value fits every layer here, or leaves its function alone; the method's own tests cover the option.
+CHOICES: dict[str, dict[str, Any] | None] = {
     "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
     "ia3.side": {"side": "in"},
+    "tt_lora.shape": None,
+    "tt_lora.init": None,
+    "svd_iterations": {"svd_iterations": 2},
     "melora.blocks": {"blocks": 1},  # more do not fit the smallest shapes; two are the default
     "normaliser": {"normaliser": "factors"},
     "finished": {"finished": [2, 0, 1]},
@@ -35,12 +39,11 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
         found.append((method, {}))
         for name in options_of(method):
             default = inspect.signature(METHODS[method].build).parameters[name].default
-            if f"{method}.{name}" in CHOICES:
-                found.append((method, CHOICES[f"{method}.{name}"]))
-            elif isinstance(default, bool):
-                found.append((method, {name: not default}))
+            if (key := f"{method}.{name}" if f"{method}.{name}" in CHOICES else name) in CHOICES:
+                choice = CHOICES[key]
             else:
-                found.append((method, CHOICES[name] if name in CHOICES else {name: NUMBERS[name]}))
+                choice = {name: not default if isinstance(default, bool) else NUMBERS[name]}
+            found += [] if choice is None else [(method, choice)]
     return found
 
 

@@ -13,13 +13,13 @@ FLOORS: list[tuple[str, ...]] = [
     ("kernels.dispatch", "_version"),
     ("kernels",),
     ("adapter", "quantization"),
-    ("training.controller",),  # the base of every controller, also of those that live in their method's file
+    ("training.controller", "starting_point"),  # the base of every controller, also of those in their method's file
     ("methods.*",),
     ("methods",),
     ("targets",),
     ("inject", "training.*"),
     ("training",),
-    ("merge", "convert", "checkpoint", "interop.*", "analysis.*"),
+    ("merge", "convert", "selection", "checkpoint", "interop.*", "analysis.*"),
     ("interop", "analysis"),
     ("", "cli"),
 ]

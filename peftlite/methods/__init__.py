@@ -3,11 +3,16 @@
 from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
 from peftlite.methods.ia3 import IA3Linear as IA3Linear
+from peftlite.methods.loha import LoHaLinear as LoHaLinear
+from peftlite.methods.lokr import LoKrLinear as LoKrLinear
 from peftlite.methods.lora import LoRALinear as LoRALinear
 from peftlite.methods.lora_fa import LoRAFALinear as LoRAFALinear
 from peftlite.methods.melora import MELoRALinear as MELoRALinear
+from peftlite.methods.olora import OLoRALinear as OLoRALinear
 from peftlite.methods.paca import PaCALinear as PaCALinear
+from peftlite.methods.pissa import PiSSALinear as PiSSALinear
 from peftlite.methods.sdlora import SDLoRALinear as SDLoRALinear
+from peftlite.methods.tt_lora import TTLoRALinear as TTLoRALinear
 from peftlite.methods.xgblora import XGBLoRALinear as XGBLoRALinear
 
 METHODS: dict[str, type[AdapterLinear]] = {
@@ -17,9 +22,14 @@ METHODS: dict[str, type[AdapterLinear]] = {
         DoRALinear,
         LoRAFALinear,
         MELoRALinear,
+        TTLoRALinear,
         PaCALinear,
+        PiSSALinear,
+        OLoRALinear,
         IA3Linear,
         SDLoRALinear,
         XGBLoRALinear,
+        LoHaLinear,
+        LoKrLinear,
     )
 }

@@ -4,7 +4,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftlite.adapter import AdapterLinear
 from peftlite.kernels.dispatch import compute_dtype
@@ -60,12 +59,10 @@ class IA3Linear(AdapterLinear):
     def adapted_forward(self, x: Tensor) -> Tensor:
         """One product with W, and one pass over its input or output."""
         dtype = compute_dtype(x)
-        x = x.to(dtype)
-        weight, bias = self.base_weight().to(dtype), None if self.bias is None else self.bias.to(dtype)
         # The factor keeps its own dtype: beside 1, bf16 has no room for what it learns.
         if self.side == "in":
-            return F.linear((self.factor * x).to(dtype), weight, bias)
+            return self.base_forward((self.factor * x.to(dtype)).to(dtype))
         # l ⊙ (x Wᵀ + b) + (1 - l) b: with a factor of 1 these are the bits of the base layer, whose product adds b before
         # it rounds.
-        y = self.factor * F.linear(x, weight, bias)
-        return (y if bias is None else torch.addcmul(y, 1 - self.factor, bias.to(y.dtype))).to(dtype)
+        y = self.factor * self.base_forward(x)
+        return (y if self.bias is None else torch.addcmul(y, 1 - self.factor, self.bias.to(y.dtype))).to(dtype)
