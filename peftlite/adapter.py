@@ -3,6 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from peftlite.kernels.dispatch import compute_dtype
+from peftlite.sharing import Shared, SharedPool, SharedTensor
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -37,6 +39,8 @@ class AdapterLinear(nn.Module, ABC):
             * ``base_dtype``: cast the frozen weight and bias to this dtype, once and for good, so that mixed precision
               need not cast them in every forward.
             * ``generator``: CPU generator that the initial values are drawn from; by default torch's global one.
+            * ``pool``, ``name``: where the layer finds the tensors that it shares with others, and its own name there; by
+              default it shares none.
 
     Raises:
         TypeError: for an option that the method does not have.
@@ -83,14 +87,16 @@ class AdapterLinear(nn.Module, ABC):
         adapter_dtype: torch.dtype | str | None = None,
         base_dtype: torch.dtype | str | None = None,
         generator: torch.Generator | None = None,
+        pool: SharedPool | None = None,
+        name: str = "",
         **options: Any,
     ) -> None:
         known = list(inspect.signature(self.build).parameters)
-        for name in options:
-            if name not in known:
+        for option in options:
+            if option not in known:
                 raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}; its options are "
-                    f"{', '.join([*known, 'adapter_dtype', 'base_dtype', 'generator'])}."
+                    f"{type(self).__name__} has no option {option!r}; its options are "
+                    f"{', '.join([*known, 'adapter_dtype', 'base_dtype', 'generator', 'pool', 'name'])}."
                 )
         self.check_rank(rank, linear.in_features, linear.out_features)
         super().__init__()
@@ -98,7 +104,7 @@ class AdapterLinear(nn.Module, ABC):
         self.base_dtype = _floating_dtype("base_dtype", base_dtype)
         adapter_dtype = _floating_dtype("adapter_dtype", adapter_dtype)
         self._adapter_dtype = adapter_dtype or torch.promote_types(linear.weight.dtype, torch.float32)
-        self._generator = generator
+        self._generator, self._pool, self._name = generator, pool, name
         self._standing = "adapted"  # or "base", or "merged": see `disable_adapters` and `merged`
         self._merged_weight: Tensor | None = None
         self.weight, self.bias = linear.weight, linear.bias
@@ -114,7 +120,7 @@ class AdapterLinear(nn.Module, ABC):
                 parameter.data = data
                 parameter.requires_grad_(requires_grad)
             raise
-        self._generator = None
+        self._generator = self._pool = None
         self.train(linear.training)
 
     @staticmethod
@@ -199,8 +205,40 @@ class AdapterLinear(nn.Module, ABC):
             "rank. merge_adapters(model) folds it into the base weight, and effective_weight() is that weight."
         )
 
+    def share(self, key: str, make: Callable[[torch.Generator | None], Shared], shape: tuple[int, ...]) -> Shared:
+        """The module that the layers of one pool hold under `key`; `make` makes it for the first of them, from a generator
+        that depends on the key alone. Without a pool the layer has one of its own.
+
+        Raises:
+            ValueError: if the tensor in it is not of the `shape`, device and dtype that this layer needs.
+        """
+        if self._pool is None:
+            return make(self._generator)
+        return self._pool.take(f"{self.method} {key}", self._name, make, (shape, self._adapter_dtype, self.weight.device))
+
+    def shared_factor(
+        self, name: str, shape: tuple[int, int], bound: float, *, group: str | None, trains: bool = True
+    ) -> SharedTensor:
+        """A matrix uniform in ``±bound``, one for all layers of `group`, or for this layer alone where that is None."""
+
+        def make(generator: torch.Generator | None) -> SharedTensor:
+            values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            values = values.to(self.weight.device, self._adapter_dtype)
+            return SharedTensor(name, nn.Parameter(values) if trains else values)
+
+        return make(self._generator) if group is None else self.share(f"{name} {group} {shape}", make, shape)
+
     def create_factors(self, alpha: float | None, rslora: bool) -> None:
-        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`.
+        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`."""
+        self.create_scale(alpha, rslora)
+        bound = 1 / math.sqrt(self.in_features)
+        # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
+        a = torch.empty(self.rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
+        self.lora_a = nn.Parameter(a.to(self.weight.device, self._adapter_dtype))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank, dtype=self._adapter_dtype))
+
+    def create_scale(self, alpha: float | None, rslora: bool) -> None:
+        """Create `scale`, and check `alpha`.
 
         `scale` is ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732);
         `alpha` is the rank by default.
@@ -210,11 +248,6 @@ class AdapterLinear(nn.Module, ABC):
         self.alpha = float(self.rank if alpha is None else alpha)
         self.rslora = rslora
         self.scale = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
-        bound = 1 / math.sqrt(self.in_features)
-        # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
-        a = torch.empty(self.rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
-        self.lora_a = nn.Parameter(a.to(self.weight.device, self._adapter_dtype))
-        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank, dtype=self._adapter_dtype))
 
     def low_rank_config(self) -> dict[str, Any]:
         """The options behind `create_factors`, as `config` wants them."""
