@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from peftlite import METHODS, AdapterLinear
 
 # Values to try for options that are neither flags nor numbers.
-CHOICES: dict[str, dict[str, Any]] = {"dropout_mode": {"dropout_mode": "peft", "dropout": 0.25}}
+CHOICES: dict[str, dict[str, Any]] = {
+    "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
+    "scope": {"scope": "qkv"},
+    "share": {"share": "ab"},
+}
 NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25}
 
 

@@ -211,7 +211,7 @@ def test_initial_values_depend_on_seed_and_name_alone(variant: Variant) -> None:
 def closed_formula(method: str, in_features: int, out_features: int, rank: int) -> int:
     """Trained parameters of one layer (Hu et al. 2021; Liu et al. 2024)."""
     low_rank = rank * (in_features + out_features)
-    return {"lora": low_rank, "dora": low_rank + out_features}[method]
+    return {"lora": low_rank, "dora": low_rank + out_features, "sharelora": low_rank}[method]
 
 
 @every_method

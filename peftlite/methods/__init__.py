@@ -3,5 +3,6 @@
 from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
 from peftlite.methods.lora import LoRALinear as LoRALinear
+from peftlite.methods.sharelora import ShareLoRALinear as ShareLoRALinear
 
-METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear)}
+METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear, ShareLoRALinear)}
