@@ -16,5 +16,7 @@ from peftlite.methods import METHODS as METHODS
 from peftlite.methods import DoRALinear as DoRALinear
 from peftlite.methods import LoRALinear as LoRALinear
 from peftlite.methods import ShareLoRALinear as ShareLoRALinear
+from peftlite.methods import TiedLoRALinear as TiedLoRALinear
+from peftlite.methods import VeRALinear as VeRALinear
 from peftlite.targets import find_targets as find_targets
 from peftlite.training import param_groups as param_groups

@@ -255,9 +255,12 @@ class AdapterLinear(nn.Module, ABC):
             "rank": self.rank,
             "alpha": self.alpha,
             "rslora": self.rslora,
-            "adapter_dtype": _dtype_name(self.lora_a.dtype),
-            "base_dtype": _dtype_name(self.base_dtype),
+            **self.dtype_config(self.lora_a.dtype),
         }
+
+    def dtype_config(self, adapter_dtype: torch.dtype) -> dict[str, str | None]:
+        """The options that name dtypes, as `config` wants them."""
+        return {"adapter_dtype": _dtype_name(adapter_dtype), "base_dtype": _dtype_name(self.base_dtype)}
 
     def extra_repr(self) -> str:
         """Shape and options, for ``print(model)``."""

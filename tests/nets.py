@@ -16,8 +16,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
     "scope": {"scope": "qkv"},
     "share": {"share": "ab"},
+    "preset": {"preset": "vera_like"},
+    **{f"train_{key}": {f"train_{key}": False} for key in "abuv"},
+    **{f"tie_{key}": {f"tie_{key}": False} for key in "ab"},
 }
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25}
+NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "d_init": 0.5, "basis_seed": 7}
 
 
 def options_of(method: str) -> list[str]:

@@ -197,7 +197,7 @@ def test_initial_values_depend_on_seed_and_name_alone(variant: Variant) -> None:
         assert torch.equal(value, other_order[key])
         assert torch.equal(value, larger[key])
     key = "encoder.0.query.lora_a"
-    if key in alone:
+    if key in alone:  # the layer's own
         assert not torch.equal(alone[key], alone["encoder.1.query.lora_a"])
         assert not torch.equal(alone[key], values(["query"], seed=6)[key])
     torch.manual_seed(1)
@@ -205,13 +205,20 @@ def test_initial_values_depend_on_seed_and_name_alone(variant: Variant) -> None:
     torch.manual_seed(1)
     again = values(["query"], None)
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert any(not torch.equal(first[key], second[key]) for key in first)
+    constant = all(t.unique().numel() == 1 for t in first.values())  # VeRA: its random bases have a seed of their own
+    assert constant or any(not torch.equal(first[key], second[key]) for key in first)
 
 
 def closed_formula(method: str, in_features: int, out_features: int, rank: int) -> int:
     """Trained parameters of one layer (Hu et al. 2021; Liu et al. 2024)."""
     low_rank = rank * (in_features + out_features)
-    return {"lora": low_rank, "dora": low_rank + out_features, "sharelora": low_rank}[method]
+    return {
+        "lora": low_rank,
+        "dora": low_rank + out_features,
+        "vera": rank + out_features,
+        "tied_lora": low_rank + rank + out_features,
+        "sharelora": low_rank,
+    }[method]
 
 
 @every_method

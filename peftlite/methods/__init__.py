@@ -4,5 +4,16 @@ from peftlite.adapter import AdapterLinear
 from peftlite.methods.dora import DoRALinear as DoRALinear
 from peftlite.methods.lora import LoRALinear as LoRALinear
 from peftlite.methods.sharelora import ShareLoRALinear as ShareLoRALinear
+from peftlite.methods.tied_lora import TiedLoRALinear as TiedLoRALinear
+from peftlite.methods.vera import VeRALinear as VeRALinear
 
-METHODS: dict[str, type[AdapterLinear]] = {cls.method: cls for cls in (LoRALinear, DoRALinear, ShareLoRALinear)}
+METHODS: dict[str, type[AdapterLinear]] = {
+    cls.method: cls
+    for cls in (
+        LoRALinear,
+        DoRALinear,
+        VeRALinear,
+        TiedLoRALinear,
+        ShareLoRALinear,
+    )
+}
