@@ -13,7 +13,7 @@ from peftlite import METHODS, AdapterLinear
 
 # Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
 CHOICES: dict[str, dict[str, Any]] = {"dropout_mode": {"dropout_mode": "peft", "dropout": 0.25}}
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25}
+NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "initial_rank": 100, "active_rank": 1}
 
 
 def options_of(method: str) -> list[str]:
