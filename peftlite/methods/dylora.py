@@ -22,10 +22,8 @@ class DyLoRALinear(AdapterLinear):
     parameters; deployed at k: ``k (in + out)``.
 
     Take it to find the rank: one training with the controller `DyLoRA`, which trains another k in each step, then an
-    evaluation at each rank (`set_rank`), in place of one training per rank. `truncate` keeps what the chosen rank needs;
-    `to_lora` gives the factors of `active_rank`.
-
-    What the controller draws acts in training mode only. Evaluation, merging and saving go by `active_rank`. Under
+    evaluation at each rank (`set_rank`). `truncate` keeps what the chosen rank needs; `to_lora` gives its factors. What the
+    controller draws acts in training mode only; evaluation, merging and saving go by `active_rank`. Under
     ``torch.compile`` all the drawn ranks share one graph, and each active rank has its own.
 
     Args:
@@ -68,14 +66,10 @@ class DyLoRALinear(AdapterLinear):
 
     def set_rank(self, rank: int) -> None:
         """Answer with rank `rank` in evaluation, merging and saving."""
-        self.check_active(rank)
-        self.active_rank = rank
-        self.scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-
-    def check_active(self, rank: int) -> None:
-        """Raise a `ValueError` unless the layer can answer with rank `rank`."""
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= self.rank:
             raise ValueError(f"active_rank must be an integer from 1 to the layer's rank {self.rank}, got {rank!r}.")
+        self.active_rank = rank
+        self.scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def effective_weight(self) -> Tensor:
         """``W + (alpha / k) B[:, :k] A[:k]``, ``(out, in)``, with k the active rank."""
@@ -124,16 +118,12 @@ class DyLoRALinear(AdapterLinear):
 
         The parameters are new ones, so do it after training, once the controller is detached.
         """
-        self.check_idle()
+        if self.drawn is not None:
+            raise ValueError("a DyLoRA controller still draws ranks for this layer; call its detach() before truncating.")
         self.set_rank(rank)
         self.lora_a = nn.Parameter(self.lora_a[:rank].clone(), requires_grad=self.lora_a.requires_grad)
         self.lora_b = nn.Parameter(self.lora_b[:, :rank].clone(), requires_grad=self.lora_b.requires_grad)
         self.rank = rank
-
-    def check_idle(self) -> None:
-        """Raise a `ValueError` while a controller draws the layer's rank."""
-        if self.drawn is not None:
-            raise ValueError("a DyLoRA controller still draws ranks for this layer; call its detach() before truncating.")
 
 
 @final
@@ -286,31 +276,28 @@ class DyLoRA(Controller):
 
 
 def set_rank(model: nn.Module, rank: int) -> None:
-    """Let every `DyLoRALinear` of `model` answer with rank `rank`, or with its own largest one if that is lower.
+    """Let every `DyLoRALinear` of `model` answer with rank `rank`, or with all it has if that is less.
 
     Raises:
-        ValueError: if there is no such layer, or a rank is below 1 or above the largest in the model.
+        ValueError: if there is no such layer, or `rank` is not one of the largest of them.
     """
-    for layer, own in _layers_for(model, rank):
-        layer.set_rank(own)
+    for layer in _from_the_largest(model):
+        layer.set_rank(min(rank, layer.rank))
 
 
 def truncate(model: nn.Module, rank: int) -> None:
     """Keep the first `rank` components of every `DyLoRALinear` of `model` for good; layers of lower rank stay.
 
     Raises:
-        ValueError: as `set_rank`, or if a controller is attached. After an error the model is as it was.
+        ValueError: as `set_rank`, or if a controller is attached.
     """
-    for layer, own in _layers_for(model, rank, idle=True):
-        layer.truncate(own)
+    for layer in _from_the_largest(model):
+        layer.truncate(min(rank, layer.rank))
 
 
-def _layers_for(model: nn.Module, rank: int, *, idle: bool = False) -> list[tuple[DyLoRALinear, int]]:
+def _from_the_largest(model: nn.Module) -> list[DyLoRALinear]:
+    """The layers by falling rank: what the first one accepts, they all accept."""
     layers = [m for m in model.modules() if isinstance(m, DyLoRALinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer of method 'dylora', whose rank could be set.")
-    largest = max(layers, key=lambda layer: layer.rank)
-    largest.check_active(rank)
-    if idle:
-        largest.check_idle()
-    return [(layer, min(rank, layer.rank)) for layer in layers]
+    return sorted(layers, key=lambda layer: -layer.rank)
