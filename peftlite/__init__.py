@@ -13,10 +13,17 @@ from peftlite.inject import remove_adapters as remove_adapters
 from peftlite.merge import merge_adapters as merge_adapters
 from peftlite.merge import merged as merged
 from peftlite.methods import METHODS as METHODS
+from peftlite.methods import AdaLoRA as AdaLoRA
+from peftlite.methods import AdaLoRALinear as AdaLoRALinear
 from peftlite.methods import DoRALinear as DoRALinear
+from peftlite.methods import DyLoRA as DyLoRA
+from peftlite.methods import DyLoRALinear as DyLoRALinear
 from peftlite.methods import LoRALinear as LoRALinear
 from peftlite.methods import ShareLoRALinear as ShareLoRALinear
 from peftlite.methods import TiedLoRALinear as TiedLoRALinear
 from peftlite.methods import VeRALinear as VeRALinear
 from peftlite.targets import find_targets as find_targets
+from peftlite.training import LISA as LISA
+from peftlite.training import Controller as Controller
+from peftlite.training import RefLoRA as RefLoRA
 from peftlite.training import param_groups as param_groups

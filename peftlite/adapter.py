@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from peftlite.kernels.dispatch import compute_dtype
-from peftlite.sharing import Shared, SharedPool, SharedTensor
+from peftlite.sharing import Shared, SharedPool
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -205,67 +205,65 @@ class AdapterLinear(nn.Module, ABC):
             "rank. merge_adapters(model) folds it into the base weight, and effective_weight() is that weight."
         )
 
-    def share(self, key: str, make: Callable[[torch.Generator | None], Shared], shape: tuple[int, ...]) -> Shared:
+    def share(self, key: str | None, make: Callable[[torch.Generator | None], Shared], shape: tuple[int, ...]) -> Shared:
         """The module that the layers of one pool hold under `key`; `make` makes it for the first of them, from a generator
-        that depends on the key alone. Without a pool the layer has one of its own.
+        that depends on the key alone. Without a pool, or where the key is None, the layer has one of its own.
 
         Raises:
             ValueError: if the tensor in it is not of the `shape`, device and dtype that this layer needs.
         """
-        if self._pool is None:
+        if self._pool is None or key is None:
             return make(self._generator)
         return self._pool.take(f"{self.method} {key}", self._name, make, (shape, self._adapter_dtype, self.weight.device))
 
-    def shared_factor(
-        self, name: str, shape: tuple[int, int], bound: float, *, group: str | None, trains: bool = True
-    ) -> SharedTensor:
-        """A matrix uniform in ``±bound``, one for all layers of `group`, or for this layer alone where that is None."""
+    def set_scale(self, alpha: float | None, rslora: bool) -> None:
+        """Set `scale` to ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
 
-        def make(generator: torch.Generator | None) -> SharedTensor:
-            values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-            values = values.to(self.weight.device, self._adapter_dtype)
-            return SharedTensor(name, nn.Parameter(values) if trains else values)
-
-        return make(self._generator) if group is None else self.share(f"{name} {group} {shape}", make, shape)
-
-    def create_factors(self, alpha: float | None, rslora: bool) -> None:
-        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`."""
-        self.create_scale(alpha, rslora)
-        bound = 1 / math.sqrt(self.in_features)
-        # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
-        a = torch.empty(self.rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
-        self.lora_a = nn.Parameter(a.to(self.weight.device, self._adapter_dtype))
-        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank, dtype=self._adapter_dtype))
-
-    def create_scale(self, alpha: float | None, rslora: bool) -> None:
-        """Create `scale`, and check `alpha`.
-
-        `scale` is ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732);
         `alpha` is the rank by default.
         """
-        if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
-        self.alpha = float(self.rank if alpha is None else alpha)
+        self.alpha = float(self.rank) if alpha is None else check_alpha(alpha)
         self.rslora = rslora
         self.scale = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
 
-    def low_rank_config(self) -> dict[str, Any]:
-        """The options behind `create_factors`, as `config` wants them."""
+    def draw_uniform(self, *shape: int, bound: float, generator: torch.Generator | None = None) -> Tensor:
+        """Values uniform in ±`bound`, on the layer's device, in the adapter's dtype, by default from the layer's generator."""
+        # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
+        values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator or self._generator)
+        return values.to(self.weight.device, self._adapter_dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros on the layer's device and in the adapter's dtype."""
+        return torch.zeros(shape, device=self.weight.device, dtype=self._adapter_dtype)
+
+    def create_factors(self, alpha: float | None, rslora: bool) -> None:
+        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale` by `set_scale`."""
+        self.set_scale(alpha, rslora)
+        self.lora_a = nn.Parameter(self.draw_uniform(self.rank, self.in_features, bound=1 / math.sqrt(self.in_features)))
+        self.lora_b = nn.Parameter(self.zeros(self.out_features, self.rank))
+
+    def basic_config(self) -> dict[str, Any]:
+        """Rank and dtypes, as `config` wants them."""
         return {
             "rank": self.rank,
-            "alpha": self.alpha,
-            "rslora": self.rslora,
-            **self.dtype_config(self.lora_a.dtype),
+            "adapter_dtype": _dtype_name(next(iter(self.adapter_parameters().values())).dtype),
+            "base_dtype": _dtype_name(self.base_dtype),
         }
 
-    def dtype_config(self, adapter_dtype: torch.dtype) -> dict[str, str | None]:
-        """The options that name dtypes, as `config` wants them."""
-        return {"adapter_dtype": _dtype_name(adapter_dtype), "base_dtype": _dtype_name(self.base_dtype)}
+    def low_rank_config(self) -> dict[str, Any]:
+        """The options behind `create_factors`, as `config` wants them."""
+        return {**self.basic_config(), "alpha": self.alpha, "rslora": self.rslora}
 
     def extra_repr(self) -> str:
         """Shape and options, for ``print(model)``."""
         options = ", ".join(f"{name}={value}" for name, value in self.config().items() if value is not None)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {options}"
+
+
+def check_alpha(alpha: float) -> float:
+    """`alpha` as a float; a `ValueError` unless it is a positive number."""
+    if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
+    return float(alpha)
 
 
 def check_dropout(dropout: float) -> float:

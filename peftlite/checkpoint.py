@@ -88,9 +88,11 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], *, check_base:
             "adapters (remove_adapters), or one that is adapted in the same way."
         )
     with unchanged_on_error(model):
-        layers, values, pool = {}, [], SharedPool(specs)
-        for name, spec in specs.items():
-            layer = _rebuild(model, path, name, spec, pool)
+        pool = SharedPool(specs)
+        # All of them first: a layer may let a tensor grow that it shares.
+        layers = {name: _rebuild(model, path, name, spec, pool) for name, spec in specs.items()}
+        values = []
+        for name, layer in layers.items():
             if check_base and fingerprint(layer) != base.get(name):
                 raise ValueError(
                     f"{path}: the base weight of {name!r} is not the one that this adapter was trained on (shape or values "
@@ -99,7 +101,6 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], *, check_base:
             state = {key: t for key, t in layer.adapter_state().items() if f"{name}.{key}" not in shared}
             own = {key: tensors.pop(f"{name}.{key}", None) for key in state}
             values += [(t, _fitting(path, f"{name}.{key}", own[key], t)) for key, t in state.items()]
-            layers[name] = layer
         _check_aliases(path, shared, _aliases(layers))
         model_state = model.state_dict(keep_vars=True)
         for name in heads:

@@ -21,15 +21,16 @@ class SharedTensor(nn.Module):
 
     Args:
         name: name of the tensor in the module.
-        tensor: a Parameter, or a plain tensor, which becomes a buffer.
+        tensor: its values.
+        trains: whether it is a Parameter; a buffer otherwise.
         persistent: whether a buffer is part of the state.
     """
 
-    def __init__(self, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    def __init__(self, name: str, tensor: Tensor, *, trains: bool, persistent: bool = True) -> None:
         super().__init__()
         self.name = name
-        if isinstance(tensor, nn.Parameter):
-            self.register_parameter(name, tensor)
+        if trains:
+            self.register_parameter(name, nn.Parameter(tensor))
         else:
             self.register_buffer(name, tensor, persistent=persistent)
 

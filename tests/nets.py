@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlite import METHODS, AdapterLinear
 
-# Values to try for options that are neither flags nor numbers.
+# Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
 CHOICES: dict[str, dict[str, Any]] = {
     "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
     "scope": {"scope": "qkv"},
@@ -20,7 +20,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     **{f"train_{key}": {f"train_{key}": False} for key in "abuv"},
     **{f"tie_{key}": {f"tie_{key}": False} for key in "ab"},
 }
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "d_init": 0.5, "basis_seed": 7}
+NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "d_init": 0.5, "basis_seed": 7, "initial_rank": 100, "active_rank": 1}
 
 
 def options_of(method: str) -> list[str]:
@@ -35,7 +35,9 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
         found.append((method, {}))
         for name in options_of(method):
             default = inspect.signature(METHODS[method].build).parameters[name].default
-            if isinstance(default, bool):
+            if f"{method}.{name}" in CHOICES:
+                found.append((method, CHOICES[f"{method}.{name}"]))
+            elif isinstance(default, bool):
                 found.append((method, {name: not default}))
             else:
                 found.append((method, CHOICES[name] if name in CHOICES else {name: NUMBERS[name]}))

@@ -13,6 +13,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("kernels.dispatch", "_version", "sharing"),
     ("kernels",),
     ("adapter", "quantization"),
+    ("training.controller",),  # the base of every controller, also of those that live in their method's file
     ("methods.*",),
     ("methods",),
     ("targets",),

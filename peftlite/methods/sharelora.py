@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftlite.adapter import AdapterLinear, check_dropout
 from peftlite.kernels.lora_linear import lora_linear
-from peftlite.sharing import check_scope, group_of
+from peftlite.sharing import SharedTensor, check_scope, group_of
 
 
 @final
@@ -68,14 +68,19 @@ class ShareLoRALinear(AdapterLinear):
             raise ValueError(f"share must be 'a', 'b' or 'ab', got {share!r}.")
         check_scope(scope, self._pool.names if self._pool else ())
         self.shared_factors, self.scope, self.dropout = share, scope, check_dropout(dropout)
-        self.create_scale(alpha, rslora)
-        group, bound = group_of(self._name, scope), 1 / math.sqrt(self.in_features)
-        self.factor_a = self.shared_factor(
-            "lora_a", (self.rank, self.in_features), bound, group=group if "a" in share else None
-        )
-        self.factor_b = self.shared_factor(
-            "lora_b", (self.out_features, self.rank), 0.0, group=group if "b" in share else None
-        )
+        self.set_scale(alpha, rslora)
+        group = f"{group_of(self._name, scope)} r={self.rank}"
+        shape_a, shape_b = (self.rank, self.in_features), (self.out_features, self.rank)
+
+        def make_a(generator: torch.Generator | None) -> SharedTensor:
+            values = self.draw_uniform(*shape_a, bound=1 / math.sqrt(self.in_features), generator=generator)
+            return SharedTensor("lora_a", values, trains=True)
+
+        def make_b(_: torch.Generator | None) -> SharedTensor:
+            return SharedTensor("lora_b", self.zeros(*shape_b), trains=True)
+
+        self.factor_a = self.share(f"A {group} in={self.in_features}" if "a" in share else None, make_a, shape_a)
+        self.factor_b = self.share(f"B {group} out={self.out_features}" if "b" in share else None, make_b, shape_b)
 
     @property
     def lora_a(self) -> Tensor:  # type: ignore[override]  # it stands in the module that its layers share

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peftlite.adapter import AdapterLinear, check_dropout
 from peftlite.kernels.lora_linear import lora_linear
-from peftlite.sharing import check_scope, group_of
+from peftlite.sharing import SharedTensor, check_scope, group_of
 
 FLAGS = ("train_a", "train_b", "train_u", "train_v", "tie_a", "tie_b")
 PRESETS: dict[str, tuple[bool, ...]] = {  # in the order of FLAGS
@@ -99,27 +99,22 @@ class TiedLoRALinear(AdapterLinear):
             raise ValueError("nothing would train: set one of train_a, train_b, train_u, train_v, or use another preset.")
         check_scope(scope, self._pool.names if self._pool else ())
         self.preset, self.scope, self.dropout = preset, scope, check_dropout(dropout)
-        self.create_scale(alpha, rslora)
-        u_zero = not (b_trains or v_trains) and u_trains
-        a_zero = not (b_trains or v_trains or u_trains)
-        self.factor_a = self.shared_factor(
-            "lora_a",
-            (self.rank, self.in_features),
-            0.0 if a_zero else 1 / math.sqrt(self.in_features),
-            group=group_of(self._name, scope) if a_tied else None,
-            trains=a_trains,
-        )
-        self.factor_b = self.shared_factor(
-            "lora_b",
-            (self.out_features, self.rank),
-            0.0 if b_trains else 1 / math.sqrt(self.rank),
-            group=group_of(self._name, "type" if scope == "qkv" else scope) if b_tied else None,
-            trains=b_trains,
-        )
-        like = self.lora_a
-        self.tied_u = nn.Parameter(like.new_full((self.rank,), 0.0 if u_zero else 1.0)) if u_trains else None
-        v_birth = 1.0 if b_trains else 0.0
-        self.tied_v = nn.Parameter(like.new_full((self.out_features,), v_birth)) if v_trains else None
+        self.set_scale(alpha, rslora)
+        # The leftmost factor that trains is born zero: nothing left of it is, so that it has a gradient.
+        zero = next(name for name, trains in zip("bvua", (b_trains, v_trains, u_trains, a_trains), strict=True) if trains)
+        self.factor_a = self._factor("lora_a", self.rank, self.in_features, a_trains, zero == "a", scope if a_tied else None)
+        scope_b = "type" if scope == "qkv" else scope
+        self.factor_b = self._factor("lora_b", self.out_features, self.rank, b_trains, zero == "b", scope_b if b_tied else None)
+        self.tied_u = nn.Parameter(self.zeros(self.rank) + float(zero != "u")) if u_trains else None
+        self.tied_v = nn.Parameter(self.zeros(self.out_features) + float(zero != "v")) if v_trains else None
+
+    def _factor(self, name: str, rows: int, columns: int, trains: bool, zero: bool, scope: str | None) -> SharedTensor:
+        def make(generator: torch.Generator | None) -> SharedTensor:
+            bound = 0.0 if zero else 1 / math.sqrt(columns)
+            return SharedTensor(name, self.draw_uniform(rows, columns, bound=bound, generator=generator), trains=trains)
+
+        key = None if scope is None else f"{name} {group_of(self._name, scope)} {rows} x {columns}"
+        return self.share(key, make, (rows, columns))
 
     @property
     def lora_a(self) -> Tensor:  # type: ignore[override]  # it stands in the module that its layers share

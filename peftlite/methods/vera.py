@@ -20,7 +20,7 @@ class FrozenBasis(SharedTensor):
 
     def __init__(self, name: str, seed: int, rows: int, rank: int, like: Tensor, *, saved: bool) -> None:
         self.seed = seed
-        super().__init__(name, like.new_empty(0, rank), persistent=saved)
+        super().__init__(name, like.new_empty(0, rank), trains=False, persistent=saved)
         self.offer((rows, rank))
 
     def offer(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -133,12 +133,11 @@ class VeRALinear(AdapterLinear):
     def config(self) -> dict[str, Any]:
         """Options that rebuild the layer."""
         return {
-            "rank": self.rank,
+            **self.basic_config(),
             "d_init": self.d_init,
             "basis_seed": self.basis_seed,
             "save_bases": self.save_bases,
             "dropout": self.dropout,
-            **self.dtype_config(self.vera_d.dtype),
         }
 
     def _scaled_b(self) -> Tensor:
