@@ -3,6 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from peftlite.kernels.dispatch import compute_dtype
+from peftlite.sharing import Shared, SharedPool
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -37,6 +39,8 @@ class AdapterLinear(nn.Module, ABC):
             * ``base_dtype``: cast the frozen weight and bias to this dtype, once and for good, so that mixed precision
               need not cast them in every forward.
             * ``generator``: CPU generator that the initial values are drawn from; by default torch's global one.
+            * ``pool``, ``name``: where the layer finds the tensors that it shares with others, and its own name there; by
+              default it shares none.
 
     Raises:
         TypeError: for an option that the method does not have.
@@ -85,14 +89,16 @@ class AdapterLinear(nn.Module, ABC):
         adapter_dtype: torch.dtype | str | None = None,
         base_dtype: torch.dtype | str | None = None,
         generator: torch.Generator | None = None,
+        pool: SharedPool | None = None,
+        name: str = "",
         **options: Any,
     ) -> None:
         known = list(inspect.signature(self.build).parameters)
-        for name in options:
-            if name not in known:
+        for option in options:
+            if option not in known:
                 raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}; its options are "
-                    f"{', '.join([*known, 'adapter_dtype', 'base_dtype', 'generator'])}."
+                    f"{type(self).__name__} has no option {option!r}; its options are "
+                    f"{', '.join([*known, 'adapter_dtype', 'base_dtype', 'generator', 'pool', 'name'])}."
                 )
         self.check_rank(rank, linear.in_features, linear.out_features)
         super().__init__()
@@ -100,7 +106,7 @@ class AdapterLinear(nn.Module, ABC):
         self.base_dtype = _floating_dtype("base_dtype", base_dtype)
         adapter_dtype = _floating_dtype("adapter_dtype", adapter_dtype)
         self._adapter_dtype = adapter_dtype or torch.promote_types(linear.weight.dtype, torch.float32)
-        self._generator = generator
+        self._generator, self._pool, self._name = generator, pool, name
         self._standing = "adapted"  # or "base", or "merged": see `disable_adapters` and `merged`
         self._merged_weight: Tensor | None = None
         self.weight, self.bias = linear.weight, linear.bias
@@ -116,7 +122,7 @@ class AdapterLinear(nn.Module, ABC):
                 parameter.data = data
                 parameter.requires_grad_(requires_grad)
             raise
-        self._generator = None
+        self._generator = self._pool = None
         self.train(linear.training)
 
     @staticmethod
@@ -205,6 +211,17 @@ class AdapterLinear(nn.Module, ABC):
             "rank. merge_adapters(model) folds it into the base weight, and effective_weight() is that weight."
         )
 
+    def share(self, key: str | None, make: Callable[[torch.Generator | None], Shared], shape: tuple[int, ...]) -> Shared:
+        """The module that the layers of one pool hold under `key`; `make` makes it for the first of them, from a generator
+        that depends on the key alone. Without a pool, or where the key is None, the layer has one of its own.
+
+        Raises:
+            ValueError: if the tensor in it is not of the `shape`, device and dtype that this layer needs.
+        """
+        if self._pool is None or key is None:
+            return make(self._generator)
+        return self._pool.take(f"{self.method} {key}", self._name, make, (shape, self._adapter_dtype, self.weight.device))
+
     def set_scale(self, alpha: float | None, rslora: bool) -> None:
         """Set `scale` to ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
 
@@ -214,10 +231,12 @@ class AdapterLinear(nn.Module, ABC):
         self.rslora = rslora
         self.scale = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
 
-    def draw_uniform(self, *shape: int, bound: float) -> Tensor:
-        """Values uniform in ±`bound` from the layer's generator, on the layer's device and in the adapter's dtype."""
+    def draw_uniform(self, *shape: int, bound: float, generator: torch.Generator | None = None) -> Tensor:
+        """Values uniform in ±`bound`, on the layer's device, in the adapter's dtype, by default from the layer's generator."""
+        if self.weight.is_meta:
+            return self.zeros(*shape)  # a large model has no values yet that are worth the time
         # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
-        values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
+        values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator or self._generator)
         return values.to(self.weight.device, self._adapter_dtype)
 
     def zeros(self, *shape: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from peftlite.adapter import AdapterLinear
 from peftlite.methods import METHODS
+from peftlite.sharing import SharedPool, seeded_generator
 from peftlite.targets import Targets, as_patterns, both_target_and_trained, find_targets, require_match, resolve_pattern
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,6 +90,7 @@ def inject_adapters(
     options = {**method_options, **({"dropout": dropout} if dropout != 0 else {})}
     with unchanged_on_error(model):
         layers = {}
+        pool = SharedPool(found, lambda key: seeded_generator(seed, f"shared {key}"))
         for name, linear in found.items():
             layer_rank = ranks.get(name, rank)
             cls.check_rank(layer_rank, linear.in_features, linear.out_features, f"layer {name!r}: ")
@@ -98,7 +99,9 @@ def inject_adapters(
                 linear,
                 layer_rank,
                 base_dtype=base_dtype,
-                generator=_generator(seed, name),
+                generator=seeded_generator(seed, name),
+                pool=pool,
+                name=name,
                 **options,
                 **({} if layer_alpha is None else {"alpha": layer_alpha}),
             )
@@ -228,8 +231,3 @@ def find_trainable(model: nn.Module, trainable: str | Iterable[str]) -> tuple[li
 def _check_replaceable(name: str, layer: AdapterLinear) -> None:
     if not name:
         raise ValueError(f"the model is itself a {type(layer).__name__} and has no parent; use its to_linear() instead.")
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -23,8 +23,22 @@ CHOICES: dict[str, dict[str, Any] | None] = {
     "normaliser": {"normaliser": "factors"},
     "finished": {"finished": [2, 0, 1]},
     "phase": {"finished": [2], "phase": "between"},
+    "scope": {"scope": "qkv"},
+    "share": {"share": "ab"},
+    "preset": {"preset": "vera_like"},
+    **{f"train_{key}": {f"train_{key}": False} for key in "abuv"},
+    **{f"tie_{key}": {f"tie_{key}": False} for key in "ab"},
 }
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "magnitude": 0.8, "boosted_rank": 2}
+NUMBERS: dict[str, Any] = {
+    "alpha": 3.0,
+    "dropout": 0.25,
+    "d_init": 0.5,
+    "basis_seed": 7,
+    "initial_rank": 100,
+    "active_rank": 1,
+    "magnitude": 0.8,
+    "boosted_rank": 2,
+}
 
 
 def options_of(method: str) -> list[str]:

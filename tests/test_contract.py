@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from peftlite import METHODS, AdapterLinear, adapters, inject_adapters, param_groups, remove_adapters
 from peftlite.methods.lokr import divisor_below_root
 from peftlite.methods.tt_lora import factorise
+from peftlite.sharing import SharedTensor
 
 Variant = tuple[str, dict[str, Any]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -88,6 +89,10 @@ def check_against_dense(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> 
         if "norm_grad" in options_of(layer.method):  # the gradient through the norm may cancel the other one exactly
             exact.norm_grad = False
             terms = run(exact, x.double(), dy.double(), dense=True)
+        elif any(p.ndim < 2 for p in exact.adapter_parameters().values()):
+            # Sums within sums: a product of three factors, where what cancels in one is weighed by another.
+            exact.load_state_dict({name: value.abs() for name, value in exact.state_dict().items()})
+            terms = run(exact, x.double().abs(), dy.double().abs(), dense=True)
     # A sum of few terms that cancel may come out exact in eager by luck: the size of what was added counts too.
     added = exact.effective_weight().detach().abs() + exact.base_weight().abs()
     sizes = {"y": x.double().abs() @ added.T, "x": dy.double().abs() @ added}
@@ -201,8 +206,9 @@ def test_initial_values_depend_on_seed_and_name_alone(variant: Variant) -> None:
     torch.manual_seed(77)
     larger = values(["down", "value", "query", "up"])
     for key, value in alone.items():
-        assert torch.equal(value, other_order[key])
-        assert torch.equal(value, larger[key])
+        for other in (other_order[key], larger[key]):
+            # Bases are as long as the largest layer needs; each layer uses its first rows.
+            assert torch.equal(value, other[: len(value)] if ".basis" in key else other)
     torch.manual_seed(1)
     first, second = values(["query"], None), values(["query"], None)
     torch.manual_seed(1)
@@ -211,7 +217,8 @@ def test_initial_values_depend_on_seed_and_name_alone(variant: Variant) -> None:
     if draws(variant):  # others start from the base weight alone
         assert any(not torch.equal(first[key], second[key]) for key in first)
         own = [key.removeprefix("encoder.0.") for key in alone if key.startswith("encoder.0.")]
-        assert any(not torch.equal(alone[f"encoder.0.{key}"], alone[f"encoder.1.{key}"]) for key in own)
+        if not any(isinstance(m, SharedTensor) for m in make_layer(variant, 8, 8, 2).modules()):
+            assert any(not torch.equal(alone[f"encoder.0.{key}"], alone[f"encoder.1.{key}"]) for key in own)
         other_seed = values(["query"], seed=6)
         assert any(not torch.equal(alone[key], other_seed[key]) for key in alone)
 
@@ -249,6 +256,11 @@ def closed_formula(method: str, in_features: int, out_features: int, rank: int) 
         "paca": rank * out_features,
         "ia3": out_features,
         "xgblora": low_rank,
+        "vera": rank + out_features,
+        "tied_lora": low_rank + rank + out_features,
+        "sharelora": low_rank,
+        "adalora": low_rank + rank,
+        "dylora": low_rank,
     }
     return counts[method]
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / "peftlite"
 
 # From the ground up. A module may import from lower floors, and from its own package's `__init__` not at all.
 FLOORS: list[tuple[str, ...]] = [
-    ("kernels.dispatch", "_version"),
+    ("kernels.dispatch", "_version", "sharing"),
     ("kernels",),
     ("adapter", "quantization"),
     ("training.controller", "starting_point"),  # the base of every controller, also of those in their method's file
