@@ -21,6 +21,7 @@ CHOICES: dict[str, dict[str, Any] | None] = {
     "svd_iterations": {"svd_iterations": 2},
     "melora.blocks": {"blocks": 1},  # more do not fit the smallest shapes; two are the default
     "normaliser": {"normaliser": "factors"},
+    "sdlora.scope": {"scope": "layer"},
     "finished": {"finished": [2, 0, 1]},
     "phase": {"finished": [2], "phase": "between"},
     "scope": {"scope": "qkv"},

@@ -30,6 +30,7 @@ BESIDE = {
     ("kernels.dora_linear", "kernels.row_norm"),
     ("analysis.intervention", "analysis.intruders"),
     ("analysis.step", "analysis.meters"),
+    ("analysis.step", "selection"),
 }
 
 

@@ -22,7 +22,8 @@ def toy() -> nn.Module:
 @pytest.fixture(scope="module")
 def report() -> StepReport:
     """All candidates there are, on the toy."""
-    return benchmark_step(toy(), torch.randn(8, 64), candidates=["frozen", "full", *METHODS], rank=2, rounds=2, warmup=1)
+    names = ["frozen", "full", *METHODS]
+    return benchmark_step(toy(), torch.randn(8, 64), candidates=names, rank=2, top=1, rounds=2, warmup=1)
 
 
 def test_lora_needs_less_memory_than_full_fine_tuning(report: StepReport) -> None:
@@ -53,12 +54,19 @@ def test_operations_and_parameters_are_those_of_the_candidate(report: StepReport
     assert report["lora"].trained == 4 * 2 * 128
 
 
+def test_adapters_in_the_last_layer_spare_the_backward_pass_below(report: StepReport) -> None:
+    last, every = report["lora, top 1"], report["lora"]
+    assert last.trained * 4 == every.trained
+    assert last.operations["backward"] * 3 < every.operations["backward"]
+    assert last.peak_mib < every.peak_mib
+
+
 def test_times_are_those_of_the_phases(report: StepReport) -> None:
     for cost in report.costs:
         assert cost.step == sum(cost.milliseconds.values())
         assert all((cost.milliseconds[phase] > 0) == (phase == "forward" or cost.name != "frozen") for phase in PHASES)
     lines = str(report).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["frozen", "full", *METHODS]
+    assert [line.split("  ")[0] for line in lines[1:]] == ["frozen", "full", *METHODS, "lora, top 1"]
     assert len({len(line) for line in lines}) == 1
     assert report.device == "cpu"
 

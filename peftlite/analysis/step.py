@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftlite.analysis.meters import count_operations, transient_bytes
 from peftlite.inject import inject_adapters
 from peftlite.methods import METHODS
+from peftlite.selection import top_layers
 from peftlite.targets import Targets
 
 MIB = 2**20
@@ -93,7 +94,8 @@ def benchmark_step(
     *,
     targets: Targets = "all-linear",
     rank: int = 8,
-    candidates: Iterable[str] | Mapping[str, Builder] = ("frozen", "full", "lora", "dora"),
+    top: int | None = None,
+    candidates: Iterable[str] | Mapping[str, Builder] = ("frozen", "full", "lora", "dora", "paca"),
     loss: Callable[[Any], Tensor] | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
     rounds: int = 10,
@@ -111,6 +113,7 @@ def benchmark_step(
         batch: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
         targets: where adapters go, as for `inject_adapters`.
         rank: their rank.
+        top: also measure LoRA in the last `top` layers alone (see `top_layers`), as candidate ``"lora, top <top>"``.
         candidates: names: ``"frozen"`` (a forward pass, nothing trains), ``"full"`` (all parameters train), and the names in
             `METHODS`. Or a mapping from names of your own to functions that prepare a copy of the model for training.
         loss: from the model's output to a scalar; by default the mean of squares of an output that is a tensor.
@@ -131,7 +134,9 @@ def benchmark_step(
     """
     if rounds < 1 or warmup < 1:
         raise ValueError(f"rounds and warmup must be at least 1, got {rounds} and {warmup}; the first step allocates.")
-    builders = candidates if isinstance(candidates, Mapping) else {n: _builder(n, targets, rank) for n in candidates}
+    builders = dict(candidates) if isinstance(candidates, Mapping) else {n: _builder(n, targets, rank) for n in candidates}
+    if top is not None:
+        builders[f"lora, top {top}"] = lambda model: inject_adapters(model, top_layers(model, targets, top), rank)
     device = _device(model, batch)
     costs = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

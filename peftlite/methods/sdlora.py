@@ -1,6 +1,5 @@
 """SD-LoRA: Wu et al. 2025, arXiv:2501.13198."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from peftlite.adapter import AdapterLinear, check_dropout
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.sharing import SharedTensor, seeded_generator
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,14 +25,14 @@ class SDLoRALinear(AdapterLinear):
     neither changes the function. For learning tasks one after the other, without their data and without being told at test
     time which task it is. Without dropout the cost of a forward is LoRA's at the sum of the ranks.
 
-    Each layer has magnitudes of its own. With ``c_k = 1`` (below) that is the paper's formula per layer; the paper has one
-    magnitude per task for the whole network, which a single layer cannot know.
+    As in the paper there is one magnitude per task for the whole network, one Parameter that all its layers hold.
 
     Where we differ: as in the authors' code the current direction is not normalised while it trains, for B is zero at birth;
     their code then divides the stored one by ``‖B‖_F ‖A‖_F`` and starts all magnitudes anew, at which the function jumps. Here
-    the norm goes into the magnitude, ``α_t ← α_t s ‖B A‖_F``, and the function stays. A direction that is dropped because older
-    ones span it (`end_task` with a tolerance) leaves its magnitude: a row of `coefficients` says of which older
-    directions its term is made now, which is exact where the paper's ``α_k + Δα_k`` assumes ``α_t = 1``.
+    the layer keeps the norm, ``c_t = s ‖B A‖_F``, and the function stays; magnitudes per layer take it in,
+    ``α_t ← α_t s ‖B A‖_F`` with ``c_t = 1``. A direction that is dropped because older ones span it leaves its magnitude: a row
+    of `coefficients` says of which older ones its term is made now, which is exact where the paper's ``α_k + Δα_k``
+    assumes ``α_t = 1``.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -43,7 +43,8 @@ class SDLoRALinear(AdapterLinear):
         dropout: probability of dropping an element of the input of the low-rank paths, in training mode.
         magnitude: what each α starts at: 1 in the paper, 0.8 in its authors' code.
         normaliser: ``"product"`` divides a stored direction by ``‖B A‖_F`` (the paper), ``"factors"`` by ``‖B‖_F ‖A‖_F``
-            (the code). The function is the same; the gradient of its magnitude is scaled by it.
+            (the code). The function is the same; with ``scope="layer"`` the gradient of the magnitude is scaled by it.
+        scope: ``"network"``, one magnitude per task for all layers, or ``"layer"``, one for each of them.
         finished: ranks of the directions of the finished tasks, 0 for one that was dropped; set by loading.
         phase: ``"task"``, or ``"between"`` two tasks, when there is no current direction; set by loading.
 
@@ -58,7 +59,7 @@ class SDLoRALinear(AdapterLinear):
         >>> start_task(model, rank=2).__class__.__name__
         'Sequential'
         >>> {name: tuple(p.shape) for name, p in model[0].adapter_parameters().items()}
-        {'lora_a': (2, 16), 'lora_b': (32, 2), 'magnitudes': (2,)}
+        {'lora_a': (2, 16), 'lora_b': (32, 2), 'shared.magnitudes': (2,)}
     """
 
     method = "sdlora"
@@ -71,6 +72,7 @@ class SDLoRALinear(AdapterLinear):
         dropout: float = 0.0,
         magnitude: float = 1.0,
         normaliser: str = "product",
+        scope: str = "network",
         finished: Sequence[int] = (),
         phase: str = "task",
     ) -> None:
@@ -79,16 +81,23 @@ class SDLoRALinear(AdapterLinear):
             raise ValueError(f"magnitude must be a finite number other than 0, got {magnitude!r}; 0 would stop all gradients.")
         if normaliser not in ("product", "factors"):
             raise ValueError(f"normaliser must be 'product' or 'factors', got {normaliser!r}.")
+        if scope not in ("network", "layer"):
+            raise ValueError(f"scope must be 'network' or 'layer', got {scope!r}.")
         if phase not in ("task", "between"):
             raise ValueError(f"phase must be 'task' or 'between', got {phase!r}.")
         self.dropout, self.magnitude, self.normaliser = check_dropout(dropout), float(magnitude), normaliser
-        self.finished, self.phase = tuple(finished), phase
+        self.scope, self.finished, self.phase = scope, tuple(finished), phase
         if phase == "task":
             self.create_factors(alpha, rslora)
         else:
             self.set_scale(alpha, rslora)
-            self._set_pair(self.zeros(0, self.in_features), self.zeros(self.out_features, 0))
-        self.magnitudes = nn.Parameter(self.zeros(len(finished) + (phase == "task")) + self.magnitude)
+            self.lora_a, self.lora_b = (nn.Parameter(self.zeros(*s)) for s in ((0, self.in_features), (self.out_features, 0)))
+        count = len(finished) + (phase == "task")
+        self.shared = self.share(
+            "magnitudes" if scope == "network" else None,
+            lambda _: SharedTensor("magnitudes", self.zeros(count) + self.magnitude, trains=True),
+            (count,),
+        )
         kept = sum(finished)
         self.register_buffer("directions_a", self.zeros(kept, self.in_features))
         self.register_buffer("directions_b", self.zeros(self.out_features, kept))
@@ -98,6 +107,11 @@ class SDLoRALinear(AdapterLinear):
     directions_b: Tensor
     coefficients: Tensor
 
+    @property
+    def magnitudes(self) -> nn.Parameter:
+        """α ``(t,)``, of finished tasks and the current one."""
+        return self.shared.magnitudes  # type: ignore[return-value]
+
     def config(self) -> dict[str, Any]:
         """Options that rebuild the layer, its history with them."""
         return {
@@ -105,6 +119,7 @@ class SDLoRALinear(AdapterLinear):
             "dropout": self.dropout,
             "magnitude": self.magnitude,
             "normaliser": self.normaliser,
+            "scope": self.scope,
             "finished": list(self.finished),
             "phase": self.phase,
         }
@@ -137,9 +152,6 @@ class SDLoRALinear(AdapterLinear):
         a, b = self.factors()
         return a.clone(), b.clone()
 
-    def _set_pair(self, a: Tensor, b: Tensor) -> None:
-        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
-
     @torch.no_grad()
     def _finish(self, tolerance: float | None) -> "FinishedDirection":
         a, b = self.lora_a.detach(), self.lora_b.detach()
@@ -148,21 +160,23 @@ class SDLoRALinear(AdapterLinear):
         divisor = norm if self.normaliser == "product" else lengths[0] * lengths[1]
         mix, residual = self._project(a, b, norm)
         kept = norm > 0 and (tolerance is None or residual > tolerance)
-        if norm > 0:
-            self.magnitudes[-1] *= self.scale * divisor
+        unit = self.scale * divisor
+        if norm > 0 and self.scope == "layer":
+            self.magnitudes[-1] *= unit
+            unit = 1.0
         past, columns = self.coefficients.shape
         rank = a.shape[0] if kept else 0
         coefficients = self.coefficients.new_zeros(past + 1, columns + rank)
         coefficients[:past, :columns] = self.coefficients
         if kept:
-            coefficients[past, columns:] = 1
+            coefficients[past, columns:] = unit
             self.directions_a = torch.cat([self.directions_a, a])
             self.directions_b = torch.cat([self.directions_b, b / divisor], dim=1)
         elif norm > 0:
-            coefficients[past] = mix / divisor
+            coefficients[past] = mix * (unit / divisor)
         self.coefficients = coefficients
         self.finished, self.phase = (*self.finished, rank), "between"
-        self._set_pair(a[:0], b[:, :0])
+        self.lora_a, self.lora_b = nn.Parameter(a[:0]), nn.Parameter(b[:, :0])
         return FinishedDirection("", norm, residual, kept)
 
     def _project(self, a: Tensor, b: Tensor, norm: float) -> tuple[Tensor, float]:
@@ -184,8 +198,9 @@ class SDLoRALinear(AdapterLinear):
         self.rank, self.phase = rank, "task"
         self.create_factors(alpha, self.rslora)
         self._generator = None
-        before = self.magnitudes.detach()
-        self.magnitudes = nn.Parameter(torch.cat([before, before.new_full((1,), self.magnitude)]))
+        if self.magnitudes.shape[0] == len(self.finished):  # of shared ones the first layer has it done
+            before = self.magnitudes.detach()
+            self.shared.magnitudes = nn.Parameter(torch.cat([before, before.new_full((1,), self.magnitude)]))
 
 
 @dataclass(frozen=True)
@@ -206,18 +221,15 @@ class FinishedDirection:
 
 
 def end_task(model: nn.Module, *, tolerance: float | None = None) -> tuple[FinishedDirection, ...]:
-    """Freeze the current direction of every SD-LoRA layer, ``α_t ← α_t s ‖B A‖_F``, ``D_t = B A / ‖B A‖_F``; no jump.
+    """Freeze the current direction of every SD-LoRA layer, ``D_t = B A / ‖B A‖_F``, ``c_t = s ‖B A‖_F``; no jump.
 
-    Magnitudes go on training; A and B are gone until `start_task`. Then make a new optimizer: the parameters are new ones.
+    Magnitudes go on training; A and B are gone until `start_task`.
 
     Args:
         model: a model with layers of method ``"sdlora"``.
         tolerance: the paper's knowledge distillation (SD-LoRA-KD, τ = 9e-4 there): a layer's direction is dropped, and its
             term written as a mix of older directions, where these leave no more than this share of its square norm. The
             function then changes by what they leave. By default every direction is kept.
-
-    Returns:
-        What became of each layer's direction.
 
     Raises:
         ValueError: if the model has no such layers, no task is running, or no layer has trained.
@@ -229,8 +241,8 @@ def end_task(model: nn.Module, *, tolerance: float | None = None) -> tuple[Finis
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance!r}; the paper takes 9e-4.")
     if not any(layer.lora_b.any() for layer in layers.values()):
         raise ValueError(
-            "end_task: lora_b is zero in every layer, so the task has no direction to keep; train it first (with the "
-            "parameters of the model as it is now in the optimizer)."
+            "end_task: lora_b is zero in every layer, so the task has no direction to keep; train it first, by an optimizer "
+            "made after start_task."
         )
     return tuple(replace(layer._finish(tolerance), name=name) for name, layer in layers.items())
 
@@ -245,9 +257,6 @@ def start_task(model: Model, *, rank: int | None = None, seed: int = 0) -> Model
         rank: rank of the new pair, by default that of the last one; `reduced_rank` is the paper's schedule. The scale s stays.
         seed: makes the new A a function of seed, number of the task and name of the layer.
 
-    Returns:
-        `model` itself.
-
     Raises:
         ValueError: if the model has no such layers, a task is running, or the rank does not fit.
     """
@@ -258,8 +267,7 @@ def start_task(model: Model, *, rank: int | None = None, seed: int = 0) -> Model
         if rank is not None:
             layer.check_rank(rank, layer.in_features, layer.out_features, f"layer {name!r}: ")
     for name, layer in layers.items():
-        digest = hashlib.sha256(f"{seed}:{len(layer.finished)}:{name}".encode()).digest()
-        layer._begin(rank or layer.rank, torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+        layer._begin(rank or layer.rank, seeded_generator(seed, f"task {len(layer.finished)} {name}"))
     return model
 
 

@@ -50,7 +50,15 @@ def train(model: nn.Module, steps: int = 5, seed: int = 0) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"normaliser": "factors", "alpha": 5.0, "magnitude": 0.8}, {"rslora": True}], ids=str)
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"scope": "layer"},
+    {"normaliser": "factors", "alpha": 5.0, "magnitude": 0.8},
+    {"normaliser": "factors", "scope": "layer", "rslora": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_tasks_begin_and_end_without_a_jump(options: dict[str, Any]) -> None:
     """Invariant §13: `start_task` leaves the function unchanged; `end_task` leaves it unchanged."""
     model = adapted(**options)
@@ -89,7 +97,7 @@ def test_finished_directions_are_frozen() -> None:
 def test_directions_have_norm_one(in_features: int, out_features: int, data: st.DataObject) -> None:
     """Invariant §13: ‖D_k‖_F = 1."""
     rank = data.draw(st.integers(1, min(in_features, out_features)))
-    layer = make_layer(("sdlora", {}), in_features, out_features, rank, dtype=torch.float64, alpha=2.5)
+    layer = make_layer(("sdlora", {"scope": "layer"}), in_features, out_features, rank, dtype=torch.float64, alpha=2.5)
     perturb(layer)
     before = layer.effective_weight() - layer.weight
     (ended,) = end_task(nn.Sequential(layer))
@@ -98,9 +106,10 @@ def test_directions_have_norm_one(in_features: int, out_features: int, data: st.
     assert ended.residual == 1
 
 
-def test_every_magnitude_gets_its_gradient() -> None:
+@pytest.mark.parametrize("scope", ["network", "layer"])
+def test_every_magnitude_gets_its_gradient(scope: str) -> None:
     """Invariant §13: gradient reaches every α_k."""
-    layer = make_layer(("sdlora", {}), 7, 5, 2, dtype=torch.float64)
+    layer = make_layer(("sdlora", {"scope": scope}), 7, 5, 2, dtype=torch.float64)
     perturb(layer)
     model = nn.Sequential(layer)
     for task in (1, 2):
@@ -110,7 +119,10 @@ def test_every_magnitude_gets_its_gradient() -> None:
     gradient = torch.randn(5, 7, dtype=torch.float64)
     (layer.effective_weight() * gradient).sum().backward()
     pairs = zip(layer.directions_a.split([2, 2]), layer.directions_b.split([2, 2], dim=1), strict=True)
-    directions = [b @ a for a, b in pairs] + [layer.scale * (layer.lora_b @ layer.lora_a).detach()]
+    norms = [layer.coefficients[k, 2 * k].item() for k in range(2)]
+    assert (norms == [1, 1]) == (scope == "layer")
+    directions = [c * b @ a for c, (a, b) in zip(norms, pairs, strict=True)]
+    directions.append(layer.scale * (layer.lora_b @ layer.lora_a).detach())
     expected = torch.stack([(direction * gradient).sum() for direction in directions])
     assert expected.abs().min() > 0
     torch.testing.assert_close(layer.magnitudes.grad, expected, rtol=64 * EPS, atol=64 * EPS)
@@ -135,10 +147,11 @@ def test_one_task_is_lora_with_a_trained_scale() -> None:
     assert torch.equal(model(x), plain(x))
 
 
+@pytest.mark.parametrize("scope", ["network", "layer"])
 @pytest.mark.parametrize("normaliser", ["product", "factors"])
-def test_a_direction_that_older_ones_span_is_dropped(normaliser: str) -> None:
+def test_a_direction_that_older_ones_span_is_dropped(normaliser: str, scope: str) -> None:
     """Invariant §13: KD on an exact linear combination gives residual 0 and an unchanged function."""
-    layer = make_layer(("sdlora", {"normaliser": normaliser}), 9, 7, 2, dtype=torch.float64, alpha=3.0)
+    layer = make_layer(("sdlora", {"normaliser": normaliser, "scope": scope}), 9, 7, 2, dtype=torch.float64, alpha=3.0)
     model = nn.Sequential(layer)
     perturb(layer)
     first = [t.detach().clone() for t in (layer.lora_a, layer.lora_b)]
@@ -223,10 +236,23 @@ def test_saved_and_loaded_with_its_history(tmp_path: Any, between: bool) -> None
 
 def test_counts_of_a_vision_transformer() -> None:
     """Invariant §21: ViT-B/16, query and value, r = 10: 368,640 + t per task."""
-    layers = nn.ModuleList(SDLoRALinear(768, 768, 10, device="meta") for _ in range(24))
-    shapes = [p.numel() for layer in layers for name, p in layer.adapter_parameters().items() if name != "magnitudes"]
-    assert sum(shapes) == 368_640
-    assert all(layer.magnitudes.shape == (1,) for layer in layers)
+    blocks = (nn.ModuleDict({key: nn.Linear(768, 768, device="meta") for key in ("q", "v")}) for _ in range(12))
+    model = inject_adapters(nn.ModuleList(blocks), ["q", "v"], 10, method="sdlora")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 368_640 + 1
+    assert all(type(layer) is SDLoRALinear for layer in adapters(model).values())
+
+
+def test_magnitudes_are_one_parameter_for_the_network_through_all_tasks(tmp_path: Any) -> None:
+    model = adapted()
+    end_task(model)
+    perturb(start_task(model, rank=2), seed=3)
+    save_adapters(model, tmp_path / "f.safetensors")
+    for found in (model, copy.deepcopy(model), load_adapters(net().double(), tmp_path / "f.safetensors")):
+        assert len({id(layer.magnitudes) for layer in adapters(found).values()}) == 1
+        trained = sum(p.numel() for p in found.parameters() if p.requires_grad)
+        assert trained == sum(2 * (m.in_features + m.out_features) for m in adapters(found).values()) + 2
+    apart = adapted(scope="layer")
+    assert len({id(layer.magnitudes) for layer in adapters(apart).values()}) == len(adapters(apart))
 
 
 def test_new_pairs_depend_on_seed_task_and_name() -> None:
@@ -258,7 +284,7 @@ def test_errors() -> None:
         start_task(model, rank=9)
     with refused(plain := net(), "Net has no layer of method 'sdlora'"):
         start_task(plain)
-    for option, value in {"magnitude": 0.0, "normaliser": "max", "phase": "x"}.items():
+    for option, value in {"magnitude": 0.0, "normaliser": "max", "phase": "x", "scope": "x"}.items():
         with refused(plain, f"{option} must be"):
             inject_adapters(plain, "query", 2, method="sdlora", **{option: value})
 
