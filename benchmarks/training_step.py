@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.meters import count_operations, flops, saved_for_backward, transient_bytes
+from peftlite.analysis.meters import count_operations, flops, saved_for_backward, transient_bytes
 
 MIB = 2**20
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from peftlite.kernels.dispatch import compute_dtype
+from peftlite.sharing import Shared, SharedPool
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -38,6 +39,8 @@ class AdapterLinear(nn.Module, ABC):
             * ``base_dtype``: cast the frozen weight and bias to this dtype, once and for good, so that mixed precision
               need not cast them in every forward.
             * ``generator``: CPU generator that the initial values are drawn from; by default torch's global one.
+            * ``pool``, ``name``: where the layer finds the tensors that it shares with others, and its own name there; by
+              default it shares none.
 
     Raises:
         TypeError: for an option that the method does not have.
@@ -48,6 +51,8 @@ class AdapterLinear(nn.Module, ABC):
 
     weight: Tensor
     bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
     scale: float = 1.0
 
     def __init__(
@@ -84,14 +89,16 @@ class AdapterLinear(nn.Module, ABC):
         adapter_dtype: torch.dtype | str | None = None,
         base_dtype: torch.dtype | str | None = None,
         generator: torch.Generator | None = None,
+        pool: SharedPool | None = None,
+        name: str = "",
         **options: Any,
     ) -> None:
         known = list(inspect.signature(self.build).parameters)
-        for name in options:
-            if name not in known:
+        for option in options:
+            if option not in known:
                 raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}; its options are "
-                    f"{', '.join([*known, 'adapter_dtype', 'base_dtype', 'generator'])}."
+                    f"{type(self).__name__} has no option {option!r}; its options are "
+                    f"{', '.join([*known, 'adapter_dtype', 'base_dtype', 'generator', 'pool', 'name'])}."
                 )
         self.check_rank(rank, linear.in_features, linear.out_features)
         super().__init__()
@@ -99,7 +106,7 @@ class AdapterLinear(nn.Module, ABC):
         self.base_dtype = _floating_dtype("base_dtype", base_dtype)
         adapter_dtype = _floating_dtype("adapter_dtype", adapter_dtype)
         self._adapter_dtype = adapter_dtype or torch.promote_types(linear.weight.dtype, torch.float32)
-        self._generator = generator
+        self._generator, self._pool, self._name = generator, pool, name
         self._standing = "adapted"  # or "base", or "merged": see `disable_adapters` and `merged`
         self._merged_weight: Tensor | None = None
         self.group: Callable[[AdapterLinear, Tensor], Tensor] | None = None  # see `fuse_adapters`
@@ -116,7 +123,7 @@ class AdapterLinear(nn.Module, ABC):
                 parameter.data = data
                 parameter.requires_grad_(requires_grad)
             raise
-        self._generator = None
+        self._generator = self._pool = None
         self.train(linear.training)
 
     @staticmethod
@@ -154,7 +161,7 @@ class AdapterLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``(..., in)`` to ``(..., out)``."""
         if self._standing == "base":
-            return _linear(x, self.base_weight(), self.bias)
+            return self.base_forward(x)
         if self._standing == "merged":
             if self.training:
                 raise RuntimeError(
@@ -168,6 +175,10 @@ class AdapterLinear(nn.Module, ABC):
     def base_weight(self) -> Tensor:
         """The frozen weight ``(out, in)`` as a dense tensor; every method reads the base through this accessor."""
         return self.weight
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the frozen layer computes for x ``(..., in)``, in autocast's dtype where it is on, else in that of x."""
+        return _linear(x, self.base_weight(), self.bias)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but `weight` and `bias`."""
@@ -197,37 +208,81 @@ class AdapterLinear(nn.Module, ABC):
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
-    def create_factors(self, alpha: float | None, rslora: bool) -> None:
-        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`.
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """Factors A ``(r, in)`` and B ``(out, r)``, the scale folded into B, with ``effective_weight() = base_weight() + B A``.
 
-        `scale` is ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732);
+        They are copies without a graph, in the dtype of the adapter. Their rank need not be `rank`: methods that multiply
+        or mix several factors need more. `convert_to_lora` does this for a whole model.
+
+        Raises:
+            ValueError: if the method's update is not of low rank; its merged weight is what it can be exported as.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be written as plain LoRA: what it does to the base weight is no update of low "
+            "rank. merge_adapters(model) folds it into the base weight, and effective_weight() is that weight."
+        )
+
+    def share(self, key: str | None, make: Callable[[torch.Generator | None], Shared], shape: tuple[int, ...]) -> Shared:
+        """The module that the layers of one pool hold under `key`; `make` makes it for the first of them, from a generator
+        that depends on the key alone. Without a pool, or where the key is None, the layer has one of its own.
+
+        Raises:
+            ValueError: if the tensor in it is not of the `shape`, device and dtype that this layer needs.
+        """
+        if self._pool is None or key is None:
+            return make(self._generator)
+        return self._pool.take(f"{self.method} {key}", self._name, make, (shape, self._adapter_dtype, self.weight.device))
+
+    def set_scale(self, alpha: float | None, rslora: bool) -> None:
+        """Set `scale` to ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+
         `alpha` is the rank by default.
         """
-        if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
-        self.alpha = float(self.rank if alpha is None else alpha)
+        self.alpha = float(self.rank) if alpha is None else check_alpha(alpha)
         self.rslora = rslora
         self.scale = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
-        bound = 1 / math.sqrt(self.in_features)
+
+    def draw_uniform(self, *shape: int, bound: float, generator: torch.Generator | None = None) -> Tensor:
+        """Values uniform in ±`bound`, on the layer's device, in the adapter's dtype, by default from the layer's generator."""
+        if self.weight.is_meta:
+            return self.zeros(*shape)  # a large model has no values yet that are worth the time
         # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
-        a = torch.empty(self.rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
-        self.lora_a = nn.Parameter(a.to(self.weight.device, self._adapter_dtype))
-        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank, dtype=self._adapter_dtype))
+        values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator or self._generator)
+        return values.to(self.weight.device, self._adapter_dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros on the layer's device and in the adapter's dtype."""
+        return torch.zeros(shape, device=self.weight.device, dtype=self._adapter_dtype)
+
+    def create_factors(self, alpha: float | None, rslora: bool) -> None:
+        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale` by `set_scale`."""
+        self.set_scale(alpha, rslora)
+        self.lora_a = nn.Parameter(self.draw_uniform(self.rank, self.in_features, bound=1 / math.sqrt(self.in_features)))
+        self.lora_b = nn.Parameter(self.zeros(self.out_features, self.rank))
+
+    def basic_config(self) -> dict[str, Any]:
+        """Rank and dtypes, as `config` wants them."""
+        return {
+            "rank": self.rank,
+            "adapter_dtype": _dtype_name(next(iter(self.adapter_parameters().values())).dtype),
+            "base_dtype": _dtype_name(self.base_dtype),
+        }
 
     def low_rank_config(self) -> dict[str, Any]:
         """The options behind `create_factors`, as `config` wants them."""
-        return {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "rslora": self.rslora,
-            "adapter_dtype": _dtype_name(self.lora_a.dtype),
-            "base_dtype": _dtype_name(self.base_dtype),
-        }
+        return {**self.basic_config(), "alpha": self.alpha, "rslora": self.rslora}
 
     def extra_repr(self) -> str:
         """Shape and options, for ``print(model)``."""
         options = ", ".join(f"{name}={value}" for name, value in self.config().items() if value is not None)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {options}"
+
+
+def check_alpha(alpha: float) -> float:
+    """`alpha` as a float; a `ValueError` unless it is a positive number."""
+    if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
+    return float(alpha)
 
 
 def check_dropout(dropout: float) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftlite.adapter import AdapterLinear
 from peftlite.inject import adapters, check_not_tied, install, resolve_method, unchanged_on_error
+from peftlite.sharing import SharedPool
 
 FORMAT, VERSION = "peftlite", "1"
 SAMPLES = 1024  # elements of a base weight that its fingerprint looks at
@@ -23,10 +24,10 @@ SAMPLES = 1024  # elements of a base weight that its fingerprint looks at
 def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model`, and whatever else of it trains, to one safetensors file.
 
-    Saved are the adapters' tensors, every module all of whose parameters train, with its buffers (a head with batch
-    norm keeps its statistics), and every other parameter that trains. The metadata hold how to rebuild each layer, a
-    fingerprint of the base and a checksum of it all. The file is written beside `path` and renamed, so that a crash
-    never leaves half a file.
+    Saved are the adapters' tensors (one that several layers share is saved once), every module all of whose parameters
+    train, with its buffers (a head with batch norm keeps its statistics), and every other parameter that trains. The
+    metadata hold how to rebuild each layer, a fingerprint of the base and a checksum of it all. The file is written beside
+    `path` and renamed, so that a crash never leaves half a file.
 
     Raises:
         ValueError: if the model has nothing to save.
@@ -38,7 +39,9 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"nothing to save: {type(model).__name__} carries no adapters and no parameter of it trains; "
             "call inject_adapters first."
         )
+    aliases = _aliases(layers)
     tensors = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.adapter_state().items()}
+    tensors = {key: t for key, t in tensors.items() if key not in aliases}
     tensors.update(heads)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     # A copy per tensor: safetensors refuses tensors that share storage.
@@ -49,6 +52,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "adapters": json.dumps({name: {"method": layer.method, **layer.config()} for name, layer in layers.items()}),
         "heads": json.dumps({name: name in trained for name in heads}),
         "base": json.dumps({name: fingerprint(layer) for name, layer in layers.items()}),
+        "shared": json.dumps(aliases),
     }
     metadata["checksum"] = checksum(tensors, metadata)
     _write_atomically(tensors, metadata, Path(path))
@@ -75,7 +79,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], *, check_base:
             left over or of another shape; if the base is another one. After an error the model is exactly as it was.
     """
     path = Path(path)
-    specs, heads, base, tensors = _read(path)
+    specs, heads, base, shared, tensors = _read(path)
     present = adapters(model)
     extra = sorted(set(present) - set(specs))
     if extra:
@@ -84,18 +88,20 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], *, check_base:
             "adapters (remove_adapters), or one that is adapted in the same way."
         )
     with unchanged_on_error(model):
-        layers, values = {}, []
-        for name, spec in specs.items():
-            layer = _rebuild(model, path, name, spec)
+        pool = SharedPool(specs)
+        # All of them first: a layer may let a tensor grow that it shares.
+        layers = {name: _rebuild(model, path, name, spec, pool) for name, spec in specs.items()}
+        values = []
+        for name, layer in layers.items():
             if check_base and fingerprint(layer) != base.get(name):
                 raise ValueError(
                     f"{path}: the base weight of {name!r} is not the one that this adapter was trained on (shape or values "
                     "differ). Load it into its own base model; check_base=False loads it all the same."
                 )
-            state = layer.adapter_state()
+            state = {key: t for key, t in layer.adapter_state().items() if f"{name}.{key}" not in shared}
             own = {key: tensors.pop(f"{name}.{key}", None) for key in state}
             values += [(t, _fitting(path, f"{name}.{key}", own[key], t)) for key, t in state.items()]
-            layers[name] = layer
+        _check_aliases(path, shared, _aliases(layers))
         model_state = model.state_dict(keep_vars=True)
         for name in heads:
             if name not in model_state:
@@ -158,7 +164,30 @@ def _trained_tensors(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> d
     return dict(sorted(trained.items()))
 
 
-def _rebuild(model: nn.Module, path: Path, name: str, spec: dict[str, Any]) -> AdapterLinear:
+def _aliases(layers: Mapping[str, AdapterLinear]) -> dict[str, str]:
+    """The names of adapter tensors that another layer holds as well, each with the first name of the same tensor."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, layer in layers.items():
+        state = layer.state_dict(keep_vars=True)
+        for key in layer.adapter_state():
+            full = f"{name}.{key}"
+            if first.setdefault(id(state[key]), full) != full:
+                names[full] = first[id(state[key])]
+    return names
+
+
+def _check_aliases(path: Path, shared: Mapping[str, str], found: Mapping[str, str]) -> None:
+    for name in sorted({*shared, *found}):
+        if shared.get(name) != found.get(name):
+            here, there = ("one tensor", "two") if name in shared else ("two tensors", "one")
+            raise ValueError(
+                f"{path}: {name!r} and {shared.get(name) or found[name]!r} are {here} in the file and {there} in the model: "
+                "the layers do not share as they did. Call remove_adapters first, so that they are rebuilt from the file."
+            )
+
+
+def _rebuild(model: nn.Module, path: Path, name: str, spec: dict[str, Any], pool: SharedPool) -> AdapterLinear:
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -177,7 +206,7 @@ def _rebuild(model: nn.Module, path: Path, name: str, spec: dict[str, Any]) -> A
     options = dict(spec)
     try:
         cls = resolve_method(options.pop("method"))
-        return cls.from_linear(module, options.pop("rank"), **options)
+        return cls.from_linear(module, options.pop("rank"), pool=pool, name=name, **options)
     except (TypeError, ValueError) as error:  # of a newer version, or another model
         raise ValueError(f"{path}: {name!r} cannot be rebuilt here: {error}") from error
 
@@ -190,7 +219,9 @@ def _fitting(path: Path, name: str, value: Tensor | None, like: Tensor) -> Tenso
     return value
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, bool], dict[str, Any], dict[str, Tensor]]:
+def _read(
+    path: Path,
+) -> tuple[dict[str, Any], dict[str, bool], dict[str, Any], dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file to load adapters from.")
     try:
@@ -210,9 +241,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bool], dict[str, Any], 
         raise ValueError(f"{path}: corrupted: its content does not fit its checksum. Fetch or save it again.")
     try:
         specs, heads, base = (json.loads(metadata[key]) for key in ("adapters", "heads", "base"))
+        shared = json.loads(metadata.get("shared", "{}"))
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: corrupted metadata ({error!r}).") from error
-    return specs, heads, base, tensors
+    return specs, heads, base, shared, tensors
 
 
 def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:

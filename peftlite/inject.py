@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ from torch import nn
 from peftlite.adapter import AdapterLinear
 from peftlite.fusion import fuse_adapters
 from peftlite.methods import METHODS
+from peftlite.sharing import SharedPool, seeded_generator
 from peftlite.targets import Targets, as_patterns, both_target_and_trained, find_targets, require_match, resolve_pattern
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,7 +79,7 @@ def inject_adapters(
             f"the model already carries {len(present)} adapters (the first is {next(iter(present))!r}); call remove_adapters "
             "or merge_adapters first. For other ranks in some layers use rank_pattern."
         )
-    heads, parameters = _find_trainable(model, trainable)
+    heads, parameters = find_trainable(model, trainable)
     found = find_targets(model, targets, exclude=exclude, heads=heads)
     for name, linear in found.items():  # also by a single parameter, or through a tied weight
         if any(own is parameter for own in linear.parameters() for parameter in parameters):
@@ -94,6 +94,7 @@ def inject_adapters(
     options = {**method_options, **({"dropout": dropout} if dropout != 0 else {})}
     with unchanged_on_error(model):
         layers = {}
+        pool = SharedPool(found, lambda key: seeded_generator(seed, f"shared {key}"))
         for name, linear in found.items():
             layer_rank = ranks.get(name, rank)
             cls.check_rank(layer_rank, linear.in_features, linear.out_features, f"layer {name!r}: ")
@@ -102,7 +103,9 @@ def inject_adapters(
                 linear,
                 layer_rank,
                 base_dtype=base_dtype,
-                generator=_generator(seed, name),
+                generator=seeded_generator(seed, name),
+                pool=pool,
+                name=name,
                 **options,
                 **({} if layer_alpha is None else {"alpha": layer_alpha}),
             )
@@ -214,7 +217,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _find_trainable(model: nn.Module, trainable: str | Iterable[str]) -> tuple[list[str], list[nn.Parameter]]:
+def find_trainable(model: nn.Module, trainable: str | Iterable[str]) -> tuple[list[str], list[nn.Parameter]]:
     """The modules that `trainable` names, and all parameters that it means."""
     modules = {name: m for name, m in model.named_modules() if name and next(m.parameters(), None) is not None}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -233,8 +236,3 @@ def _find_trainable(model: nn.Module, trainable: str | Iterable[str]) -> tuple[l
 def _check_replaceable(name: str, layer: AdapterLinear) -> None:
     if not name:
         raise ValueError(f"the model is itself a {type(layer).__name__} and has no parent; use its to_linear() instead.")
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -11,9 +11,35 @@ from torch import Tensor, nn
 
 from peftlite import METHODS, AdapterLinear
 
-# Values to try for options that are neither flags nor numbers.
-CHOICES: dict[str, dict[str, Any]] = {"dropout_mode": {"dropout_mode": "peft", "dropout": 0.25}}
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25}
+# Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
+# None: no value fits every layer here, or leaves its function alone; the method's own tests cover the option.
+CHOICES: dict[str, dict[str, Any] | None] = {
+    "dropout_mode": {"dropout_mode": "peft", "dropout": 0.25},
+    "ia3.side": {"side": "in"},
+    "tt_lora.shape": None,
+    "tt_lora.init": None,
+    "svd_iterations": {"svd_iterations": 2},
+    "melora.blocks": {"blocks": 1},  # more do not fit the smallest shapes; two are the default
+    "normaliser": {"normaliser": "factors"},
+    "sdlora.scope": {"scope": "layer"},
+    "finished": {"finished": [2, 0, 1]},
+    "phase": {"finished": [2], "phase": "between"},
+    "scope": {"scope": "qkv"},
+    "share": {"share": "ab"},
+    "preset": {"preset": "vera_like"},
+    **{f"train_{key}": {f"train_{key}": False} for key in "abuv"},
+    **{f"tie_{key}": {f"tie_{key}": False} for key in "ab"},
+}
+NUMBERS: dict[str, Any] = {
+    "alpha": 3.0,
+    "dropout": 0.25,
+    "d_init": 0.5,
+    "basis_seed": 7,
+    "initial_rank": 100,
+    "active_rank": 1,
+    "magnitude": 0.8,
+    "boosted_rank": 2,
+}
 
 
 def options_of(method: str) -> list[str]:
@@ -28,10 +54,11 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
         found.append((method, {}))
         for name in options_of(method):
             default = inspect.signature(METHODS[method].build).parameters[name].default
-            if isinstance(default, bool):
-                found.append((method, {name: not default}))
+            if (key := f"{method}.{name}" if f"{method}.{name}" in CHOICES else name) in CHOICES:
+                choice = CHOICES[key]
             else:
-                found.append((method, CHOICES[name] if name in CHOICES else {name: NUMBERS[name]}))
+                choice = {name: not default if isinstance(default, bool) else NUMBERS[name]}
+            found += [] if choice is None else [(method, choice)]
     return found
 
 

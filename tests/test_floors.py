@@ -10,20 +10,26 @@ ROOT = Path(__file__).resolve().parents[1] / "peftlite"
 
 # From the ground up. A module may import from lower floors, and from its own package's `__init__` not at all.
 FLOORS: list[tuple[str, ...]] = [
-    ("kernels.dispatch", "_version"),
+    ("kernels.dispatch", "_version", "sharing"),
     ("kernels",),
     ("adapter", "quantization"),
+    ("training.controller", "starting_point"),  # the base of every controller, also of those in their method's file
     ("methods.*",),
     ("methods",),
     ("targets", "fusion"),
     ("inject", "training.*"),
     ("training",),
-    ("merge", "checkpoint", "interop.*", "analysis.*"),
+    ("merge", "convert", "selection", "checkpoint", "interop.*", "analysis.*"),
     ("interop", "analysis"),
     ("", "cli"),
 ]
 # Helpers that a module of the same floor may use.
-BESIDE = {("merge", "inject")}
+BESIDE = {
+    ("merge", "inject"),
+    ("analysis.intervention", "analysis.intruders"),
+    ("analysis.step", "analysis.meters"),
+    ("analysis.step", "selection"),
+}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -177,7 +177,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     *(({"alpha": alpha}, r"alpha must be a positive number, got") for alpha in (0, -8.0, math.nan, math.inf, True, "8")),
     *(({"dropout": dropout}, r"dropout must be in \[0, 1\), got") for dropout in (1.0, -0.1, 1, math.nan, None, "0.1", True)),
-    ({"method": "lara"}, r"unknown method 'lara'; there are dora, lora. Did you mean 'lora'\?"),
+    ({"method": "lara"}, r"unknown method 'lara'; there are .*dora.* Did you mean 'lora'\?"),
     ({"method": nn.Linear}, r"unknown method <class .*Linear"),
     ({"method": "dora", "dropout_mode": "all"}, r"dropout_mode must be 'lowrank' or 'peft', got 'all'"),
     ({"base_dtype": "int8"}, r"base_dtype must be one of .* got 'int8'"),
@@ -198,7 +198,7 @@ def test_wrong_requests(change: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_unknown_option(method: str) -> None:
     model = net()
-    with refused(model, r"Linear has no option 'lora_alpha'; its options are .*alpha.*generator", TypeError):
+    with refused(model, r"Linear has no option 'lora_alpha'; its options are .*generator", TypeError):
         inject_adapters(model, "query", 2, method=method, lora_alpha=8)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftlite import METHODS, adapters, inject_adapters
+from peftlite.sharing import SharedTensor
 
 Variant = tuple[str, dict[str, Any]]
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
@@ -35,6 +36,11 @@ def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
     y.square().sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def held(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters, a shared one once for each layer."""
+    return [p for layer in adapters(model).values() for p in layer.adapter_parameters().values()]
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -94,7 +100,15 @@ def test_gradient_checkpointing(variant: Variant, reentrant: bool) -> None:
     torch.manual_seed(3)
     expected = outcome(copy.deepcopy(model), x)
     torch.manual_seed(3)
-    assert_same(outcome(model, x, run), expected)
+    actual = outcome(model, x, run)
+    if any(isinstance(m, SharedTensor) for m in model.modules()) and reentrant:
+        # The backward passes of the blocks add to a shared gradient one after the other: the same sum in another order.
+        torch.manual_seed(3)
+        oracle = outcome(copy.deepcopy(model).double(), x.double())
+        shared = [name for name, p in model.named_parameters() if sum(p is q for q in held(model)) > 1]
+        for name in shared:
+            assert_within_budget(name, actual.pop(name), expected.pop(name), oracle[name], torch.float32)
+    assert_same(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, inside
@@ -104,7 +118,9 @@ def test_compile_fullgraph(method: str, autocast: bool) -> None:
     torch.compiler.reset()
     layers = nn.Sequential(make_layer((method, {}), 8, 13, 3), make_layer((method, {}), 13, 5, 2, bias=False))
     perturb(layers)
-    compiled = torch.compile(layers, fullgraph=True)
+    # The default backend compiles C++ for a minute per method; what it makes of our operations the first two show.
+    backend = "inductor" if method in ("lora", "dora") else "aot_eager"
+    compiled = torch.compile(layers, fullgraph=True, backend=backend)
     x = torch.randn(7, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         actual, eager = outcome(layers, x, compiled), outcome(layers, x)
@@ -115,12 +131,14 @@ def test_compile_fullgraph(method: str, autocast: bool) -> None:
 
 @every_variant
 def test_training_mode_without_dropout_is_evaluation_mode(variant: Variant) -> None:
-    layer, x = make_layer((variant[0], {**variant[1], "dropout": 0.0}), 9, 7, 3), torch.randn(5, 9)
+    off = {"dropout": 0.0} if "dropout" in options_of(variant[0]) else {}
+    layer, x = make_layer((variant[0], {**variant[1], **off}), 9, 7, 3), torch.randn(5, 9)
     perturb(layer)
     assert_same(outcome(layer.train(), x), outcome(layer.eval(), x))
 
 
-DROPPING = [v for v in VARIANTS if "dropout" in options_of(v[0])]
+# Between two tasks SD-LoRA has only the directions of finished ones, and these are zero here.
+DROPPING = [v for v in VARIANTS if "dropout" in options_of(v[0]) and v[1].get("phase") != "between"]
 
 
 @pytest.mark.parametrize("variant", DROPPING, ids=variant_id)

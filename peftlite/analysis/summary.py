@@ -15,7 +15,7 @@ class Summary:
     """A table of the adapted layers and of what else trains: text by ``str()``, HTML in a notebook.
 
     Attributes:
-        rows: one tuple per layer, in the order of `COLUMNS`.
+        rows: one tuple per layer, in the order of `COLUMNS`; what several layers share counts in the first of them.
         trained: number of parameters that train, shared ones counted once.
         total: number of parameters in all, likewise.
     """
@@ -64,9 +64,9 @@ def summary(model: nn.Module) -> Summary:
     counted: set[int] = set()
     for name, layer in adapters(model).items():
         own = layer.adapter_parameters().values()
-        counted.update(id(p) for p in own)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in own})
-        trained = sum(p.numel() for p in own if p.requires_grad)
+        trained = sum(p.numel() for p in own if p.requires_grad and id(p) not in counted)
+        counted.update(id(p) for p in own)
         shape = f"{layer.in_features} -> {layer.out_features}"
         rows.append((name, layer.method, shape, str(layer.rank), f"{layer.scale:.4g}", "/".join(dtypes), f"{trained:,}"))
     for name, parameter in model.named_parameters():

@@ -56,7 +56,7 @@ def param_groups(
             continue
         key = owner.get(id(parameter))
         kind, rate = ("adapters", lr) if key is not None else ("heads", head_lr)
-        if key == "lora_b" and lora_plus_ratio != 1.0:
+        if key is not None and key.rpartition(".")[2] == "lora_b" and lora_plus_ratio != 1.0:
             kind, rate = "lora_b", lr * lora_plus_ratio
         decays = parameter.ndim >= 2
         kind += "" if decays else "_no_decay"

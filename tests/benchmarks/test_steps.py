@@ -14,8 +14,8 @@ import peftlite
 from benchmarks import steps
 from benchmarks.gate import check_adapters, check_candidate
 from benchmarks.harness import ROOT, RedGateError, require_green
-from benchmarks.meters import flops, saved_for_backward
 from benchmarks.training_step import TrainingStep, meter
+from peftlite.analysis.meters import flops, saved_for_backward
 
 TINY = ["--width", "32", "--layers", "1", "--batch", "2x8", "--rounds", "2", "--warmup", "1", "--threads", "1"]
 SETTINGS = {"dtype": torch.float32, "autocast": nullcontext}

@@ -34,7 +34,7 @@ def poisoned():
     """Let the operations allocate NaN, so that an element which they forget to write shows."""
     new_empty = torch.Tensor.new_empty
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("lora_linear", "dora_linear", "row_norm"):
+        for name in ("lora_linear", "dora_linear", "paca_linear", "row_norm"):
             patch.setattr(importlib.import_module(f"peftlite.kernels.{name}"), "torch", _PoisonedTorch())
         patch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(math.nan))
         yield

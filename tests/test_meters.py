@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.meters import Saved, Transient, count_operations, flops, saved_for_backward, transient_bytes
+from peftlite.analysis.meters import Saved, Transient, count_operations, flops, saved_for_backward, transient_bytes
 
 
 class Product(torch.autograd.Function):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _BACKENDS = ("CPU", "CUDA", "CompositeExplicitAutograd")
 # Operations that multiply matrices, by name: one of these without a formula would be a silent zero in the sum.
@@ -54,10 +53,14 @@ def _added_matmul_flop(c_shape: Any, a_shape: Any, b_shape: Any, *args: Any, **k
 
 
 def _attention_flop(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return sdpa_flop_count(q_shape, k_shape, v_shape)
 
 
 def _attention_backward_flop(grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
     return sdpa_backward_flop_count(grad_shape, q_shape, k_shape, v_shape)
 
 
@@ -88,7 +91,7 @@ class _RefuseUncounted(TorchDispatchMode):
         if func.namespace == "aten" and packet not in self._known and _MATMUL_LIKE.search(packet.__name__):
             raise NotImplementedError(
                 f"FLOPs asked of a computation that calls {packet}, for which no formula is known, so the sum would be "
-                "too small; add its formula to benchmarks/meters.py"
+                "too small; add its formula to peftlite/analysis/meters.py"
             )
         return func(*args, **(kwargs or {}))
 
@@ -101,6 +104,8 @@ def flops(function: Callable[[], object]) -> int:
     Raises:
         NotImplementedError: an operation looks like a matrix product and has no formula.
     """
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry  # it imports triton, which peftlite must not
+
     extra = _extra_formulas()
     counter = FlopCounterMode(display=False, custom_mapping=extra)
     with counter, _RefuseUncounted([*flop_registry, *extra]), _OpenCustomOps():
