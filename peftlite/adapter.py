@@ -244,7 +244,7 @@ class AdapterLinear(nn.Module, ABC):
 
     def draw_uniform(self, *shape: int, bound: float, generator: torch.Generator | None = None) -> Tensor:
         """Values uniform in ±`bound`, on the layer's device, in the adapter's dtype, by default from the layer's generator."""
-        if self.weight.is_meta:
+        if self.weight.device.type == "meta":
             return self.zeros(*shape)  # a large model has no values yet that are worth the time
         # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
         values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator or self._generator)

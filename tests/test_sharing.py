@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from nets import VARIANTS, Block, net, perturb, refused, variant_id
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from peftlite import (
     METHODS,
@@ -262,6 +265,23 @@ def test_a_file_whose_layers_share_otherwise_than_the_model(tmp_path: Path) -> N
     with refused(shared, r"are two tensors in the file and one in the model: .* Call remove_adapters first"):
         load_adapters(shared, tmp_path / "apart")
     load_adapters(Own(SharedPool()), tmp_path / "shared", check_base=False)
+
+
+@pytest.mark.parametrize("variant", [v for v in SHARING if not v[1]], ids=variant_id)
+def test_fsdp_of_the_module_that_holds_all_layers(variant: Variant) -> None:
+    plain, x = injected(variant, net().double(), exclude="head.*"), torch.randn(3, 8, dtype=torch.float64)
+    sharded = copy.deepcopy(plain)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        assert ties(sharded) == ties(plain)
+        for model in (plain, sharded):
+            model(x).square().sum().backward()
+        for (name, parameter), expected in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+            if expected.requires_grad:
+                assert torch.equal(parameter.grad.full_tensor(), expected.grad), name
+    finally:
+        dist.destroy_process_group()
 
 
 def test_shared_modules_are_named_in_print() -> None:

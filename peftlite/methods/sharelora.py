@@ -40,7 +40,8 @@ class ShareLoRALinear(AdapterLinear):
         rslora: ``s = alpha / √rank`` (Kalajdzievski 2023, arXiv:2312.03732).
         dropout: probability of dropping an element of the input of the low-rank path, in training mode.
 
-    Source: Song et al. 2024, "ShareLoRA: Parameter Efficient and Robust Large Language Model Fine-tuning via Shared Low-Rank Adaptation", arXiv:2406.10785.
+    Source: Song et al. 2024, "ShareLoRA: Parameter Efficient and Robust Large Language Model Fine-tuning via Shared
+    Low-Rank Adaptation", arXiv:2406.10785.
 
     Example:
         >>> from torch import nn
@@ -50,7 +51,7 @@ class ShareLoRALinear(AdapterLinear):
         True
         >>> summary(model).trained == 2 * 16 + 4 * 2 * 16
         True
-    """  # noqa: E501  (the title)
+    """
 
     method = "sharelora"
 

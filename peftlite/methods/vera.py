@@ -100,7 +100,7 @@ class VeRALinear(AdapterLinear):
         self.d_init, self.basis_seed, self.save_bases = float(d_init), basis_seed, save_bases
         self.dropout = check_dropout(dropout)
         self.scale = 2 / math.sqrt(self.in_features * self.rank)
-        like = self.weight.new_empty(0, dtype=self._adapter_dtype)
+        like = self.zeros(0)
         self.basis_in = self._basis("basis_in", self.in_features, like)
         self.basis_out = self._basis("basis_out", self.out_features, like)
         self.vera_d = nn.Parameter(like.new_full((self.rank,), self.d_init))
