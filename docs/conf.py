@@ -29,7 +29,7 @@ autodoc_preserve_defaults = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn)(\..+)?"),
     (r"py:.*", r"(collections\.abc|os|pathlib)\..+"),
-    (r"py:class", r"peftlite\.inject\.Model"),  # a type variable
+    (r"py:class", r"peftlite\.\w+\.Model"),  # type variables
 ]
 
 doctest_global_setup = """
@@ -40,6 +40,7 @@ import peftlite
 from peftlite import *
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.kernels.paca_linear import paca_linear
 from peftlite.kernels.row_norm import row_norm
 from peftlite.targets import matches
 torch.manual_seed(0)
