@@ -8,7 +8,7 @@ import torch
 from nets import net, refused
 from torch.nn import functional as F
 
-from peftlite import METHODS, inject_adapters, param_groups
+from peftlite import METHODS, adapters, inject_adapters, param_groups
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -27,8 +27,11 @@ def test_every_trained_parameter_is_in_one_group(method: str, ratio: float) -> N
                 assert group["lr"] == 1e-4
             else:
                 assert group["lr"] == (1e-3 * ratio if name.endswith("lora_b") else 1e-3)
-    kinds = {"adapters", "heads", "heads_no_decay"} | ({"lora_b"} if ratio != 1 else set())
-    kinds |= {"adapters_no_decay"} if method == "dora" else set()
+    own = {key: p.ndim for layer in adapters(model).values() for key, p in layer.adapter_parameters().items()}
+    kinds = {"heads", "heads_no_decay"}
+    for key, dimensions in own.items():
+        kind = "lora_b" if key == "lora_b" and ratio != 1 else "adapters"
+        kinds.add(kind if dimensions > 1 else f"{kind}_no_decay")
     assert {group["name"] for group in groups} == kinds
 
 
