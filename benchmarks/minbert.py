@@ -28,7 +28,7 @@ def collect(folder: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     settings = {name: value for name, value in found["settings"].items() if name not in LOCAL}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    adapted = settings["method"] not in ("full", "linear-probe")
+    adapted = settings["method"] not in ("full", "linear-probe", "bitfit")
     return {
         "name": folder.name,
         "method": settings["method"],

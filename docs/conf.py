@@ -29,7 +29,7 @@ autodoc_preserve_defaults = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn)(\..+)?"),
     (r"py:.*", r"(collections\.abc|os|pathlib)\..+"),
-    (r"py:class", r"peftlite\.((inject|convert|selection|quantize|methods\.sdlora)\.Model|sharing\.Shared)"),  # type variables
+    (r"py:class", r"peftlite\.((\w+|methods\.\w+)\.Model|sharing\.Shared)"),  # type variables
 ]
 
 doctest_global_setup = """
@@ -40,6 +40,7 @@ import peftlite
 from peftlite import *
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.kernels.paca_linear import paca_linear
 from peftlite.kernels.row_norm import row_norm
 from peftlite.sharing import SharedPool, group_of
 from peftlite.targets import matches

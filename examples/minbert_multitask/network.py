@@ -121,6 +121,8 @@ def prepare_training(network: MultitaskBert, settings: Settings) -> None:
         )
     elif settings.method == "linear-probe":
         network.backbones.requires_grad_(False)
+    elif settings.method == "bitfit":
+        peftlite.train_only(network.backbones, "bias")
 
 
 def adapted_parameters(network: MultitaskBert) -> set[int]:

@@ -89,7 +89,7 @@ def render(name: str, result: dict[str, Any], pictures: Mapping[str, bytes]) -> 
     )
     adapters = (
         f", rank {settings['rank']}, {settings['targets']}"
-        if settings["method"] not in ("full", "linear-probe")
+        if settings["method"] not in ("full", "linear-probe", "bitfit")
         else ""
     )
     title = html.escape(name)

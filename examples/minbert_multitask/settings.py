@@ -22,7 +22,7 @@ ALL_LINEAR = (
     "*.intermediate.dense",
     "*.layer.*.output.dense",
 )
-PLAIN_METHODS = ("full", "linear-probe")  # those without adapters
+PLAIN_METHODS = ("full", "linear-probe", "bitfit")  # those without adapters
 DEFAULT_LR = {"full": 1e-4, "linear-probe": 1e-3}  # and 1e-3 for adapters: a frozen base learns too little at 1e-4
 CHOICES = {
     "amp": ("off", "bf16", "fp16"),
@@ -53,7 +53,7 @@ class Settings:
     data: str = _option("sample", "folder with the data files, or 'sample' for the embedded sample")
     tasks: str = _option("sst,quora,sts", "tasks to train, from sst, cfimdb, quora, sts")
     weights: str = _option("minilm", "pretrained BERT: 'minilm', a local folder or a hub name")
-    method: str = _option("lora", "full, linear-probe, or an adapter method of peftlite.METHODS")
+    method: str = _option("lora", "full, linear-probe, bitfit, or an adapter method of peftlite.METHODS")
     rank: int = _option(8, "rank of the adapters")
     alpha: float | None = _option(None, "scale of the adapters is alpha / rank; default: rank")
     targets: str = _option("all-linear", "attn (query, key, value), all-linear (the six of each layer), or names")
@@ -141,9 +141,9 @@ class Settings:
         methods = (*PLAIN_METHODS, *peftlite.METHODS)
         if self.method not in methods:
             raise ValueError(f"method {self.method!r} is unknown; choose one of {', '.join(methods)}")
-        if self.method == "linear-probe" and self.unfreeze == "progressive":
+        if self.method in ("linear-probe", "bitfit") and self.unfreeze == "progressive":
             raise ValueError(
-                "unfreeze 'progressive' contradicts method 'linear-probe', which trains no layer; use 'full'"
+                f"unfreeze 'progressive' contradicts method {self.method!r}, which trains no layer; use 'full'"
             )
         self.multipliers()
         for name in ("rank", "accumulate", "epochs", "steps", "batch_size", "max_length", "eval_every", "save_every",

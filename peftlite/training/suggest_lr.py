@@ -24,8 +24,8 @@ def suggest_lr(full_lr: float, *, steps: int | None = None) -> float:
         ValueError: if `full_lr` is not positive or `steps` is less than 1.
 
     Example:
-        >>> suggest_lr(2e-5), suggest_lr(2e-5, steps=80)
-        (0.0002, 0.0003)
+        >>> suggest_lr(1e-4), suggest_lr(1e-4, steps=80)
+        (0.001, 0.0015)
     """
     if not full_lr > 0:
         raise ValueError(f"full_lr must be positive, got {full_lr!r}.")

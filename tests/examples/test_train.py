@@ -21,7 +21,7 @@ from examples.minbert_multitask.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 
 ERRORS = {
-    "method": ({"method": "lore"}, "method 'lore' is unknown; choose one of full, linear-probe, lora, dora"),
+    "method": ({"method": "lore"}, "method 'lore' is unknown; choose one of full, linear-probe, bitfit, lora, dora"),
     "task": ({"tasks": "sst,stss"}, "task 'stss' is unknown; choose from sst, cfimdb, quora, sts"),
     "no task": ({"tasks": ","}, "tasks is empty; choose from sst, cfimdb, quora, sts"),
     "task twice": ({"tasks": "sst,sst"}, "tasks 'sst,sst' names a task twice"),
@@ -120,7 +120,7 @@ def test_injection_adapts_the_encoder_only(tiny, backbones, targets, per_layer):
     assert sum(p.numel() for p in trained) == adapter_size + counts["heads"]
 
 
-@pytest.mark.parametrize("method", ["full", "linear-probe", "lora"])
+@pytest.mark.parametrize("method", ["full", "linear-probe", "bitfit", *peftlite.METHODS])
 def test_what_trains(tiny, method):
     trainer = Trainer(tiny(method=method, epochs=1), quiet=True)
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
@@ -131,6 +131,9 @@ def test_what_trains(tiny, method):
     if method == "full":
         unused = {name for name in before if "token_type" in name or "position" in name}
         assert set(before) - unused <= changed | {n for n in before if n.endswith("key.bias")}
+    elif method == "bitfit":
+        biases = {n for n in before if n.endswith(".bias")}
+        assert heads | {n for n in biases if "LayerNorm" in n} <= changed <= heads | biases
     else:
         assert changed == adapters | heads
 
