@@ -1,10 +1,12 @@
 """LISA: Pan et al. 2024, arXiv:2403.17919."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,8 +29,9 @@ class LISA(Controller):
 
     What `layers` may train are their parameters that require gradients when the controller is made; all of them must be in
     the optimizer already, so make it before the controller. To spare the backward pass below the lowest active layer, freeze
-    the embeddings before that. ``DistributedDataParallel`` needs ``find_unused_parameters=True``; FSDP and ZeRO-3 do not
-    allow ``requires_grad`` to change during a run. ``torch.compile`` makes a graph per set of active layers.
+    the embeddings before that. ``DistributedDataParallel`` averages the gradients of what required them when it was made: make
+    it first, with ``find_unused_parameters=True``, and give it to LISA as the model. FSDP and ZeRO-3 do not allow
+    ``requires_grad`` to change during a run. ``torch.compile`` makes a graph per set of active layers.
 
     Args:
         model: any model.
@@ -71,6 +74,18 @@ class LISA(Controller):
         layer_weights: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            if not model.find_unused_parameters:
+                raise ValueError(
+                    "LISA freezes layers, and DistributedDataParallel waits for their gradients; make it with "
+                    "find_unused_parameters=True."
+                )
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                "LISA was given a model outside of DistributedDataParallel in a run of several processes. Wrapped later, it "
+                "would never average the gradients of layers that are frozen now: wrap first, and give LISA the wrapper.",
+                stacklevel=2,
+            )
         super().__init__(model, optimizer, seed=seed)
         self.blocks = self._resolve(layers)
         self.active = check_count("active", active, least=1)

@@ -139,8 +139,8 @@ class RefLoRA(Controller):
                 for key in moments:
                     if key not in MOMENT_POWERS:
                         raise RuntimeError(
-                            f"RefLoRA: it is not known how {key!r}, a state of {type(self.optimizer).__name__}, scales with the "
-                            "gradient; use variant='matrix', which leaves the state alone."
+                            f"RefLoRA: it is not known how {key!r}, a state of {type(self.optimizer).__name__}, scales with "
+                            "the gradient; use variant='matrix', which leaves the state alone."
                         )
                 parameter.mul_(factor)
                 for key, moment in moments.items():
