@@ -144,7 +144,9 @@ class RefLoRA(Controller):
                         )
                 parameter.mul_(factor)
                 for key, moment in moments.items():
-                    moment.div_(factor ** MOMENT_POWERS[key])
+                    # RMSprop's momentum is of gradients over their own size; like Adam's quotient it has no scale.
+                    power = 0 if key == "momentum_buffer" and "square_avg" in moments else MOMENT_POWERS[key]
+                    moment.div_(factor**power)
 
 
 def balance(gram_a: Tensor, gram_b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
