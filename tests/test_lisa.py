@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from nets import net, refused
 from torch import nn
 from torch.nn import functional as F
 
-from peftlite import LISA, adapters, inject_adapters, param_groups
+from peftlite import LISA, adapters, inject_adapters, load_adapters, param_groups, save_adapters
 
 
 def tower(layers: int = 6) -> nn.Sequential:
@@ -124,6 +125,19 @@ def test_release_lets_all_train_again_and_what_was_frozen_before_stays_frozen() 
             assert not model[0].weight.requires_grad
             assert not model[1][2][0].bias.requires_grad
     assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_all_layers_can_be_saved_in_the_middle(tmp_path: Path) -> None:
+    model, optimizer, controller = made(period=1)
+    for number in range(7):
+        step(model, optimizer, number)
+    flags, held = [p.requires_grad for p in model.parameters()], set(optimizer.state)
+    with controller.all_training():
+        save_adapters(model, tmp_path / "f")
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert set(optimizer.state) == held
+    loaded = load_adapters(tower().requires_grad_(False), tmp_path / "f")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
 def test_adapters_can_be_sampled_too() -> None:

@@ -1,8 +1,9 @@
 """LISA: Pan et al. 2024, arXiv:2403.17919."""
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -31,7 +32,8 @@ class LISA(Controller):
     the optimizer already, so make it before the controller. To spare the backward pass below the lowest active layer, freeze
     the embeddings before that. ``DistributedDataParallel`` averages the gradients of what required them when it was made: make
     it first, with ``find_unused_parameters=True``, and give it to LISA as the model. FSDP and ZeRO-3 do not allow
-    ``requires_grad`` to change during a run. ``torch.compile`` makes a graph per set of active layers.
+    ``requires_grad`` to change during a run. ``torch.compile`` makes a graph per set of active layers. To save with
+    `save_adapters` before the end, use `all_training`.
 
     Args:
         model: any model.
@@ -167,11 +169,25 @@ class LISA(Controller):
             for parameter in own:
                 parameter.requires_grad_(True)
 
-    def _activate(self) -> None:
-        self.chosen = self.chosen_at(self.step)
+    @contextlib.contextmanager
+    def all_training(self) -> Iterator[None]:
+        """Inside the block all layers count as training: `save_adapters` saves what trains, and all of them have."""
+        self.release()
+        try:
+            yield
+        finally:
+            self._set_flags()
+
+    def _set_flags(self) -> None:
         for index, own in enumerate(self._trained):
             for parameter in own:
                 parameter.requires_grad_(index in self.chosen)
+
+    def _activate(self) -> None:
+        self.chosen = self.chosen_at(self.step)
+        self._set_flags()
+        for index, own in enumerate(self._trained):
+            for parameter in own:
                 if index not in self.chosen:
                     parameter.grad = None
                     self.optimizer.state.pop(parameter, None)
