@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftlite
+from examples.minbert_multitask.controllers import injected_rank
 from examples.minbert_multitask.data import Batch
 from examples.minbert_multitask.heads import CosineHead, OrdinalHead, make_head, pair_features
 from examples.minbert_multitask.model import BertModel
@@ -111,8 +112,8 @@ def prepare_training(network: MultitaskBert, settings: Settings) -> None:
         peftlite.inject_adapters(
             network.backbones,
             settings.target_names(),
-            settings.rank,
-            method=settings.method,
+            injected_rank(settings),
+            method=settings.layer_method(),
             alpha=settings.alpha,
             dropout=settings.dropout,
             # Held in the dtype that autocast would cast them to, or it would do so anew in every forward

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from examples.minbert_multitask.plots import figures
 from examples.minbert_multitask.run_folder import OUTPUTS, REPORT, RESULT, RunFolder, read_tensors, write_text
+from examples.minbert_multitask.settings import PLAIN_METHODS
 from examples.minbert_multitask.tasks import TASKS
 
 STYLE = """
@@ -89,7 +90,7 @@ def render(name: str, result: dict[str, Any], pictures: Mapping[str, bytes]) -> 
     )
     adapters = (
         f", rank {settings['rank']}, {settings['targets']}"
-        if settings["method"] not in ("full", "linear-probe", "bitfit")
+        if settings["method"] not in PLAIN_METHODS
         else ""
     )
     title = html.escape(name)

@@ -22,8 +22,9 @@ ALL_LINEAR = (
     "*.intermediate.dense",
     "*.layer.*.output.dense",
 )
-PLAIN_METHODS = ("full", "linear-probe", "bitfit")  # those without adapters
-DEFAULT_LR = {"full": 1e-4, "linear-probe": 1e-3}  # and 1e-3 for adapters: a frozen base learns too little at 1e-4
+PLAIN_METHODS = ("full", "linear-probe", "bitfit", "lisa")  # those without adapters
+STEP_METHODS = {"reflora": "lora"}  # those that step the adapters of another method in their own way
+DEFAULT_LR = {"full": 1e-4, "lisa": 1e-4, "linear-probe": 1e-3}  # adapters 1e-3: they learn too little at 1e-4
 CHOICES = {
     "amp": ("off", "bf16", "fp16"),
     "base_dtype": ("auto", "fp32", "bf16"),
@@ -53,7 +54,7 @@ class Settings:
     data: str = _option("sample", "folder with the data files, or 'sample' for the embedded sample")
     tasks: str = _option("sst,quora,sts", "tasks to train, from sst, cfimdb, quora, sts")
     weights: str = _option("minilm", "pretrained BERT: 'minilm', a local folder or a hub name")
-    method: str = _option("lora", "full, linear-probe, bitfit, or an adapter method of peftlite.METHODS")
+    method: str = _option("lora", "full, linear-probe, bitfit, lisa, reflora, or an adapter method of peftlite.METHODS")
     rank: int = _option(8, "rank of the adapters")
     alpha: float | None = _option(None, "scale of the adapters is alpha / rank; default: rank")
     targets: str = _option("all-linear", "attn (query, key, value), all-linear (the six of each layer), or names")
@@ -121,6 +122,10 @@ class Settings:
         """Whether the method injects adapters."""
         return self.method not in PLAIN_METHODS
 
+    def layer_method(self) -> str:
+        """The method of the adapted layers, of `peftlite.METHODS`."""
+        return STEP_METHODS.get(self.method, self.method)
+
     def resolved(self) -> Settings:
         """These settings, checked, with every default filled in.
 
@@ -138,12 +143,16 @@ class Settings:
             find_task(name)
         if len(set(self.task_names())) < len(self.task_names()):
             raise ValueError(f"tasks {self.tasks!r} names a task twice")
-        methods = (*PLAIN_METHODS, *peftlite.METHODS)
+        methods = (*PLAIN_METHODS, *STEP_METHODS, *peftlite.METHODS)
         if self.method not in methods:
             raise ValueError(f"method {self.method!r} is unknown; choose one of {', '.join(methods)}")
         if self.method in ("linear-probe", "bitfit") and self.unfreeze == "progressive":
             raise ValueError(
                 f"unfreeze 'progressive' contradicts method {self.method!r}, which trains no layer; use 'full'"
+            )
+        if self.method == "lisa" and self.unfreeze == "progressive":
+            raise ValueError(
+                "unfreeze 'progressive' contradicts method 'lisa', which draws the layers that train; use 'full'"
             )
         self.multipliers()
         for name in ("rank", "accumulate", "epochs", "steps", "batch_size", "max_length", "eval_every", "save_every",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import peftlite
+from examples.minbert_multitask.controllers import controller_state, load_controller_state, make_controller, saving
 from examples.minbert_multitask.data import TaskData, batches, collate
 from examples.minbert_multitask.environment import environment
 from examples.minbert_multitask.evaluate import autocast, first_examples, load_data, scores, task_outputs, token_cache
@@ -100,6 +101,7 @@ class Trainer:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.parameters = parameter_counts(self.network, self.trained)
         self.protected = adapted_parameters(self.network)
+        self.controller = make_controller(self.network.backbones, self.optimizer, settings, len(self.plan))
         self._release()
 
         self.evaluated = -1  # the step that was evaluated last
@@ -230,7 +232,8 @@ class Trainer:
         score = leaderboard_score(found)
         better = score > self.best_score
         if better:
-            peftlite.save_adapters(self.network, self.folder / BEST)
+            with saving(self.controller):
+                peftlite.save_adapters(self.network, self.folder / BEST)
             self.best_step, self.best_score, self.stale = self.step, score, 0
         else:
             self.stale += 1
@@ -255,7 +258,8 @@ class Trainer:
         values = {name: getattr(self, name) for name in _STATE_VALUES}
         if self.best_step < 0:
             values["best_score"] = None  # JSON has no infinity
-        self.folder.save_state(tensors, {**values, "scaler": self.scaler.state_dict()})
+        own, plain = controller_state(self.controller)
+        self.folder.save_state(tensors | own, {**values, "scaler": self.scaler.state_dict(), "controller": plain})
 
     def _changing(self) -> dict[str, Tensor]:
         """The network's trained parameters and all its buffers: what training changes."""
@@ -277,6 +281,7 @@ class Trainer:
         for task, value in self.loss_sums.items():
             value.copy_(tensors[f"loss_sum.{task}"])
         self.scaler.load_state_dict(values.pop("scaler"))
+        load_controller_state(self.controller, tensors, values.pop("controller"))
         for name in _STATE_VALUES:
             setattr(self, name, values[name])
         if self.best_score is None:

@@ -1,7 +1,7 @@
 """DyLoRA: Valipour et al. 2022, arXiv:2210.07558."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -96,12 +96,10 @@ class DyLoRALinear(AdapterLinear):
         if rank is None:
             self.drawn = self.included = self.live = None
             return
-        if self.drawn is None:
+        if self.drawn is None or self.included is None or self.live is None:
             device = self.lora_a.device
             self.drawn = torch.zeros((), dtype=torch.int64, device=device)
             self.included, self.live = (torch.zeros(self.rank, dtype=torch.bool, device=device) for _ in range(2))
-        assert self.included is not None
-        assert self.live is not None
         self.drawn.fill_(rank)
         for mask, start in ((self.included, 0), (self.live, first)):
             mask.zero_()
@@ -130,15 +128,14 @@ class DyLoRALinear(AdapterLinear):
 class DyLoRA(Controller):
     """Draw one rank ``k ~ p`` per optimizer step for all `DyLoRALinear` layers, and train the update truncated to it.
 
-    With ``update="frozen"``, the authors' choice, the step trains component k alone (of `unit` components, the last `unit`
-    of k), on top of the first ``k - 1``, which are constants; with ``update="full"`` it trains all k. A layer of lower rank
-    than k uses all it has. The rank is a function of ``(seed, step)``, the same for all batches that are accumulated and on
-    all ranks of a distributed run.
+    With ``update="frozen"``, the authors' choice, the step trains component k alone (the last `unit` of k), on top of those
+    before it, which are constants; with ``update="full"`` it trains all k. A layer of lower rank than k uses all it has. The
+    rank is a function of ``(seed, step)``, the same for all batches that are accumulated and in all processes.
 
-    The components that a step does not train have gradient 0. An optimizer would nevertheless move them, by their momentum
-    and by weight decay, and let their moments fade. By default we put them back after the step, bit for bit, which costs
-    a copy of the adapter and its moments during the step; ``untouched="advance"`` lets the optimizer have its way, as the
-    authors' code does. Only state of the parameter's own shape is put back.
+    The components that a step does not train have gradient 0. An optimizer would move them all the same, by momentum and
+    weight decay, and let their moments fade. By default we put them back after the step, bit for bit (moments of the
+    parameter's own shape too), at the cost of a copy during the step; ``untouched="advance"`` lets the optimizer have its
+    way, as the authors' code does.
 
     The paper allows any distribution over ranks and names no other than the uniform one; `probabilities` takes any.
 
@@ -163,6 +160,7 @@ class DyLoRA(Controller):
 
     Example:
         >>> from peftlite import inject_adapters, param_groups
+        >>> from peftlite.methods.dylora import set_rank
         >>> model = inject_adapters(nn.Sequential(nn.Linear(8, 8)), "0", rank=4, method="dylora")
         >>> optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2))
         >>> with DyLoRA(model, optimizer, seed=1) as controller:
@@ -171,8 +169,6 @@ class DyLoRA(Controller):
         ...         optimizer.step()
         ...         optimizer.zero_grad()
         >>> set_rank(model.eval(), 2)
-        >>> [layer.active_rank for layer in controller.layers.values()]
-        [2]
     """
 
     methods = ("dylora",)
@@ -281,8 +277,8 @@ def set_rank(model: nn.Module, rank: int) -> None:
     Raises:
         ValueError: if there is no such layer, or `rank` is not one of the largest of them.
     """
-    for layer in _from_the_largest(model):
-        layer.set_rank(min(rank, layer.rank))
+    for layer, own in _layers_and_ranks(model, rank):
+        layer.set_rank(own)
 
 
 def truncate(model: nn.Module, rank: int) -> None:
@@ -291,13 +287,13 @@ def truncate(model: nn.Module, rank: int) -> None:
     Raises:
         ValueError: as `set_rank`, or if a controller is attached.
     """
-    for layer in _from_the_largest(model):
-        layer.truncate(min(rank, layer.rank))
+    for layer, own in _layers_and_ranks(model, rank):
+        layer.truncate(own)
 
 
-def _from_the_largest(model: nn.Module) -> list[DyLoRALinear]:
-    """The layers by falling rank: what the first one accepts, they all accept."""
-    layers = [m for m in model.modules() if isinstance(m, DyLoRALinear)]
+def _layers_and_ranks(model: nn.Module, rank: int) -> Iterator[tuple[DyLoRALinear, int]]:
+    layers = sorted((m for m in model.modules() if isinstance(m, DyLoRALinear)), key=lambda layer: -layer.rank)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer of method 'dylora', whose rank could be set.")
-    return sorted(layers, key=lambda layer: -layer.rank)
+    yield layers[0], rank  # the largest first, and unchanged: it refuses what is out of range before anything is done
+    yield from ((layer, min(rank, layer.rank)) for layer in layers[1:])

@@ -57,7 +57,10 @@ class Controller(ABC):
                 f"{self.name} attaches to the step hooks of a torch.optim.Optimizer, got {type(optimizer).__name__}; of a "
                 "wrapper pass the optimizer inside."
             )
-        self.optimizer = optimizer
+        for other in _attached:
+            if type(other) is type(self) and other.optimizer is optimizer:
+                raise ValueError(f"a {self.name} is attached to this optimizer already; call its detach() first.")
+        self.optimizer: Optimizer = optimizer
         self.seed = check_count("seed", seed, least=None)
         self.step = 0
         self._handles: list[Any] = []
@@ -98,9 +101,6 @@ class Controller(ABC):
 
     def attach(self) -> None:
         """Register the hooks; the last line of a subclass's ``__init__``."""
-        for other in _attached:
-            if type(other) is type(self) and other.optimizer is self.optimizer and other.attached:
-                raise ValueError(f"a {self.name} is attached to this optimizer already; call its detach() first.")
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),

@@ -1,10 +1,13 @@
 """LISA: Pan et al. 2024, arXiv:2403.17919."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,8 +30,10 @@ class LISA(Controller):
 
     What `layers` may train are their parameters that require gradients when the controller is made; all of them must be in
     the optimizer already, so make it before the controller. To spare the backward pass below the lowest active layer, freeze
-    the embeddings before that. ``DistributedDataParallel`` needs ``find_unused_parameters=True``; FSDP and ZeRO-3 do not
-    allow ``requires_grad`` to change during a run. ``torch.compile`` makes a graph per set of active layers.
+    the embeddings before that. ``DistributedDataParallel`` averages the gradients of what required them when it was made: make
+    it first, with ``find_unused_parameters=True``, and give it to LISA as the model. FSDP and ZeRO-3 do not allow
+    ``requires_grad`` to change during a run. ``torch.compile`` makes a graph per set of active layers. To save with
+    `save_adapters` before the end, use `all_training`.
 
     Args:
         model: any model.
@@ -71,6 +76,18 @@ class LISA(Controller):
         layer_weights: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            if not model.find_unused_parameters:
+                raise ValueError(
+                    "LISA freezes layers, and DistributedDataParallel waits for their gradients; make it with "
+                    "find_unused_parameters=True."
+                )
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                "LISA was given a model outside of DistributedDataParallel in a run of several processes. Wrapped later, it "
+                "would never average the gradients of layers that are frozen now: wrap first, and give LISA the wrapper.",
+                stacklevel=2,
+            )
         super().__init__(model, optimizer, seed=seed)
         self.blocks = self._resolve(layers)
         self.active = check_count("active", active, least=1)
@@ -152,11 +169,25 @@ class LISA(Controller):
             for parameter in own:
                 parameter.requires_grad_(True)
 
-    def _activate(self) -> None:
-        self.chosen = self.chosen_at(self.step)
+    @contextlib.contextmanager
+    def all_training(self) -> Iterator[None]:
+        """Inside the block all layers count as training: `save_adapters` saves what trains, and all of them have."""
+        self.release()
+        try:
+            yield
+        finally:
+            self._set_flags()
+
+    def _set_flags(self) -> None:
         for index, own in enumerate(self._trained):
             for parameter in own:
                 parameter.requires_grad_(index in self.chosen)
+
+    def _activate(self) -> None:
+        self.chosen = self.chosen_at(self.step)
+        self._set_flags()
+        for index, own in enumerate(self._trained):
+            for parameter in own:
                 if index not in self.chosen:
                     parameter.grad = None
                     self.optimizer.state.pop(parameter, None)

@@ -139,12 +139,14 @@ class RefLoRA(Controller):
                 for key in moments:
                     if key not in MOMENT_POWERS:
                         raise RuntimeError(
-                            f"RefLoRA: it is not known how {key!r}, a state of {type(self.optimizer).__name__}, scales with the "
-                            "gradient; use variant='matrix', which leaves the state alone."
+                            f"RefLoRA: it is not known how {key!r}, a state of {type(self.optimizer).__name__}, scales with "
+                            "the gradient; use variant='matrix', which leaves the state alone."
                         )
                 parameter.mul_(factor)
                 for key, moment in moments.items():
-                    moment.div_(factor ** MOMENT_POWERS[key])
+                    # RMSprop's momentum is of gradients over their own size; like Adam's quotient it has no scale.
+                    power = 0 if key == "momentum_buffer" and "square_avg" in moments else MOMENT_POWERS[key]
+                    moment.div_(factor**power)
 
 
 def balance(gram_a: Tensor, gram_b: Tensor, damping: float) -> tuple[Tensor, Tensor]:

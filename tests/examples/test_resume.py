@@ -58,6 +58,10 @@ VARIANTS = {
     "lora": {"method": "lora", "dropout": 0.1, "sampling": "annealed", "head": "nonlinear"},
     "full, progressive": {"method": "full", "unfreeze": "progressive", "epochs": 5, "eval_every": 6, "optimizer": "adamax"},
     "dora, progressive": {"method": "dora", "unfreeze": "progressive", "accumulate": 2, "epochs": 5, "backbones": 2},
+    "adalora": {"method": "adalora", "backbones": 2},
+    "dylora": {"method": "dylora", "accumulate": 2},
+    "reflora": {"method": "reflora"},
+    "lisa": {"method": "lisa", "epochs": 3},
     "linear-probe, bf16": {"method": "linear-probe", "amp": "bf16", "sst_loss": "ordinal", "head": "conv"},
     "cross-encoder": {"cross_encoder": True, "sts_loss": "pearson", "pooling": "cls", "lr_multiplier": "sst=2"},
 }

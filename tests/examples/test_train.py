@@ -21,7 +21,7 @@ from examples.minbert_multitask.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 
 ERRORS = {
-    "method": ({"method": "lore"}, "method 'lore' is unknown; choose one of full, linear-probe, bitfit, lora, dora"),
+    "method": ({"method": "lore"}, "method 'lore' is unknown; choose one of full, linear-probe, bitfit, lisa, reflora, lora"),
     "task": ({"tasks": "sst,stss"}, "task 'stss' is unknown; choose from sst, cfimdb, quora, sts"),
     "no task": ({"tasks": ","}, "tasks is empty; choose from sst, cfimdb, quora, sts"),
     "task twice": ({"tasks": "sst,sst"}, "tasks 'sst,sst' names a task twice"),
@@ -38,6 +38,10 @@ ERRORS = {
     "unfreeze": (
         {"method": "linear-probe", "unfreeze": "progressive"},
         "unfreeze 'progressive' contradicts method 'linear-probe', which trains no layer; use 'full'",
+    ),
+    "lisa": (
+        {"method": "lisa", "unfreeze": "progressive"},
+        "unfreeze 'progressive' contradicts method 'lisa', which draws the layers that train; use 'full'",
     ),
 }
 
