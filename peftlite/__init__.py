@@ -14,5 +14,8 @@ from peftlite.merge import merged as merged
 from peftlite.methods import METHODS as METHODS
 from peftlite.methods import DoRALinear as DoRALinear
 from peftlite.methods import LoRALinear as LoRALinear
+from peftlite.quantization import QuantizedLinear as QuantizedLinear
+from peftlite.quantize import dequantize_base as dequantize_base
+from peftlite.quantize import quantize_base as quantize_base
 from peftlite.targets import find_targets as find_targets
 from peftlite.training import param_groups as param_groups

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from peftlite.kernels.dispatch import compute_dtype
+from peftlite.quantization.linear import PackedWeight, QuantizedLinear, plain_linear
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -22,7 +23,8 @@ class AdapterLinear(nn.Module, ABC):
 
     The layer takes over the Parameter objects of the linear layer that it replaces, under their old names, so that
     checkpoints of the base model still load. What it adds to them is the adapter: all of its other parameters train, all
-    of its other state is saved. A tensor that must not train is a buffer.
+    of its other state is saved. A tensor that must not train is a buffer. Over a `QuantizedLinear` `weight` is its
+    `PackedWeight`, likewise taken over; every method reads it through `base_weight`.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -45,7 +47,7 @@ class AdapterLinear(nn.Module, ABC):
 
     method: ClassVar[str]
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     scale: float = 1.0
 
@@ -63,7 +65,7 @@ class AdapterLinear(nn.Module, ABC):
         self._take_over(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, **options)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, **options: Any) -> Self:
+    def from_linear(cls, linear: nn.Linear | QuantizedLinear, rank: int, **options: Any) -> Self:
         """Make a layer that takes over `weight` and `bias` of `linear`, and freezes them.
 
         Args:
@@ -77,7 +79,7 @@ class AdapterLinear(nn.Module, ABC):
 
     def _take_over(
         self,
-        linear: nn.Linear,
+        linear: nn.Linear | QuantizedLinear,
         rank: int,
         *,
         adapter_dtype: torch.dtype | str | None = None,
@@ -96,6 +98,11 @@ class AdapterLinear(nn.Module, ABC):
         super().__init__()
         self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
         self.base_dtype = _floating_dtype("base_dtype", base_dtype)
+        if self.base_dtype is not None and isinstance(linear, QuantizedLinear):
+            raise ValueError(
+                f"base_dtype={base_dtype!r} was asked for a layer whose weight is quantised, and has no dtype to change; leave "
+                "it out."
+            )
         adapter_dtype = _floating_dtype("adapter_dtype", adapter_dtype)
         self._adapter_dtype = adapter_dtype or torch.promote_types(linear.weight.dtype, torch.float32)
         self._generator = generator
@@ -159,16 +166,20 @@ class AdapterLinear(nn.Module, ABC):
         return self.adapted_forward(x)
 
     def base_weight(self) -> Tensor:
-        """The frozen weight ``(out, in)`` as a dense tensor; every method reads the base through this accessor."""
-        return self.weight
+        """The frozen weight ``(out, in)``; every method reads the base through this accessor.
+
+        A quantised weight comes as a `PackedTensor`, which any operation on it makes dense for itself and which autograd
+        saves in its packed form.
+        """
+        return self.weight.tensor() if isinstance(self.weight, PackedWeight) else self.weight
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but `weight` and `bias`."""
-        return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
+        return {name: p for name, p in self.named_parameters() if not _of_base(name)}
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's own tensors by name, parameters and buffers: all of the state but `weight` and `bias`."""
-        return {name: t for name, t in self.state_dict().items() if name not in ("weight", "bias")}
+        return {name: t for name, t in self.state_dict().items() if not _of_base(name)}
 
     def stand(self, standing: str, merged_weight: Tensor | None = None) -> tuple[str, Tensor | None]:
         """Answer with the ``"adapted"``, the ``"base"`` or the ``"merged"`` function from now on; returns what stood."""
@@ -176,14 +187,18 @@ class AdapterLinear(nn.Module, ABC):
         self._standing, self._merged_weight = standing, merged_weight
         return before
 
-    def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
-        """A plain ``nn.Linear`` with the layer's own frozen Parameters, or with `weight` written into them."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        if weight is not None:
+    def to_linear(self, weight: Tensor | PackedWeight | None = None) -> nn.Linear | QuantizedLinear:
+        """A plain layer with the own frozen Parameters, or with `weight` written into them.
+
+        A quantised layer comes back quantised, as it was, or holds the `weight` given, dense or packed.
+        """
+        own: Any = self.weight
+        if isinstance(own, PackedWeight) and weight is not None:
+            own = weight if isinstance(weight, PackedWeight) else nn.Parameter(weight, requires_grad=False)
+        elif weight is not None:
             with torch.no_grad():
-                self.weight.copy_(weight)
-        linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+                own.copy_(weight)
+        return plain_linear(own, self.bias).train(self.training)
 
     def create_factors(self, alpha: float | None, rslora: bool) -> None:
         """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`.
@@ -200,7 +215,8 @@ class AdapterLinear(nn.Module, ABC):
         # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
         a = torch.empty(self.rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
         self.lora_a = nn.Parameter(a.to(self.weight.device, self._adapter_dtype))
-        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank, dtype=self._adapter_dtype))
+        b = torch.zeros(self.out_features, self.rank, dtype=self._adapter_dtype, device=self.weight.device)
+        self.lora_b = nn.Parameter(b)
 
     def low_rank_config(self) -> dict[str, Any]:
         """The options behind `create_factors`, as `config` wants them."""
@@ -223,6 +239,11 @@ def check_dropout(dropout: float) -> float:
     if not (_is_number(dropout) and 0.0 <= dropout < 1.0):
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}.")
     return float(dropout)
+
+
+def _of_base(name: str) -> bool:
+    """Whether a tensor of an adapted layer is the base's: `weight`, `bias`, or a part of a packed weight."""
+    return name.partition(".")[0] in ("weight", "bias")
 
 
 def _is_number(value: object) -> bool:
