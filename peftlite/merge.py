@@ -160,8 +160,8 @@ def _check_mode(
         if found is None or found.shape != weight.shape:
             held = "has none" if found is None else f"has shape {tuple(found.shape)}"
             raise ValueError(
-                f"`originals` must hold {name + '.weight'!r} of shape {tuple(weight.shape)}, but it {held}; pass the state dict "
-                "of the model before quantize_base."
+                f"`originals` must hold {name + '.weight'!r} of shape {tuple(weight.shape)}, but it {held}; pass the state "
+                "dict of the model before quantize_base."
             )
 
 

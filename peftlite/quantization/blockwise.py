@@ -66,7 +66,7 @@ def quantize(values: Tensor, form: Format) -> Parts:
     codes, scales = _quantize_blocks(values.reshape(-1), form.code, form.block)
     if form.scale_code is None:
         return codes, scales
-    offset = scales.mean()
+    offset = scales.mean() if scales.numel() else scales.new_zeros(())
     scale_codes, scale_scales = _quantize_blocks(scales - offset, form.scale_code, form.scale_block)
     return codes, scale_codes, scale_scales, offset
 
@@ -90,10 +90,12 @@ def _quantize_blocks(flat: Tensor, code: str, block: int) -> tuple[Tensor, Tenso
         blocks = F.pad(part, (0, missing)).view(-1, block)
         scale = blocks.abs().amax(dim=1)
         # A block of zeros has scale 0, and any divisor will do.
-        index = encode(blocks / torch.where(scale > 0, scale, 1.0)[:, None], code).view(-1)[: part.numel()]
+        index = encode(blocks / torch.where(scale > 0, scale, 1.0)[:, None], code).view(-1)
         if BITS[code] == 4:
-            index = F.pad(index, (0, index.numel() % 2))
+            index = index[: part.numel() + part.numel() % 2]  # an odd end is filled with the index of 0
             index = (index[::2] << 4) | index[1::2]
+        else:
+            index = index[: part.numel()]
         codes.append(index)
         scales.append(scale)
     if not codes:
