@@ -122,12 +122,9 @@ class PackedTensor(Tensor):
             if result is not NotImplemented:
                 return result
         if func._schema.is_mutable:
-            written = [
-                value
-                for argument, value in zip(func._schema.arguments, args, strict=False)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-            if any(isinstance(value, PackedTensor) for value in written):
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            written = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+            if any(isinstance(given.get(name), PackedTensor) for name in written):
                 raise RuntimeError(
                     f"{func} would write into a quantised base weight, which is read-only; dequantise the layer first "
                     "(dequantize_base), or work on a dense copy, weight.clone()."
