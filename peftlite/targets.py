@@ -13,6 +13,7 @@ Value = TypeVar("Value", int, float)
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 PlainLinear = nn.Linear | QuantizedLinear
+FOREIGN = " Layers of bitsandbytes are not wrapped: load the model in 16 bits and call quantize_base."
 FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -130,6 +131,7 @@ def _require_linear(model: nn.Module, pattern: str, linears: Mapping[str, PlainL
         raise ValueError(
             f"target {pattern!r} matches {type(module).__name__} {name!r} of {type(model).__name__}, but only layers of the "
             "exact type nn.Linear can be adapted (a subclass may compute something else); a glob leaves the others out."
+            + (FOREIGN if type(module).__module__.startswith("bitsandbytes") else "")
         )
     return require_match("target", pattern, linears, kind)
 
@@ -148,6 +150,11 @@ def _check_can_carry(model: nn.Module, name: str, linear: PlainLinear) -> None:
         raise ValueError(
             f"the weight of {name!r} is not a Parameter but computed (weight_norm, pruning?); make it permanent first, "
             "then inject."
+        )
+    if type(linear.weight).__module__.startswith("torchao"):
+        raise ValueError(
+            f"the weight of {name!r} is a {type(linear.weight).__name__} of torchao, which cannot be wrapped; load the model "
+            "in 16 bits and call quantize_base."
         )
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         raise ValueError(f"{name!r} has hooks, which would be lost with the layer; register them after injection.")

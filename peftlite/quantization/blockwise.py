@@ -44,7 +44,7 @@ class Format:
 
     @property
     def bits(self) -> float:
-        """Bits per number, as their count grows: 4.127 for NF4 with double quantisation, 4.5 without.
+        """Bits per number for a large matrix, 4.127 for NF4 with double quantisation and 4.5 without.
 
         Example:
             >>> Format().bits, Format(scale_code=None).bits

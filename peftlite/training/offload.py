@@ -69,7 +69,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if p.grad.is_sparse:
                 raise ValueError("OffloadedAdamW takes dense gradients, and one is sparse; use torch.optim.SparseAdam for it.")
             if p.device.type not in ("cpu", "cuda"):
-                raise ValueError(f"OffloadedAdamW moves moments to CUDA devices, got a parameter on {p.device}; use torch's AdamW.")
+                raise ValueError(
+                    f"OffloadedAdamW moves moments to CUDA devices, got a parameter on {p.device}; use torch's AdamW."
+                )
             if not self.state[p]:
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32),

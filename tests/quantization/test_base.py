@@ -352,6 +352,18 @@ def test_what_quantise_base_refuses() -> None:
         quantize_base(tied, "query")
 
 
+def test_quantised_layers_of_others_are_refused() -> None:
+    foreign = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model = nn.Sequential(nn.Linear(4, 4), foreign(4, 4))
+    with refused(model, "matches Linear4bit '1'.*Layers of bitsandbytes are not wrapped: load the model in 16 bits"):
+        inject_adapters(model, ["0", "1"], 2)
+    model = nn.Sequential(nn.Linear(4, 4))
+    packed = type("Int4Tensor", (nn.Parameter,), {"__module__": "torchao.quantization"})
+    model[0].weight = packed(torch.ones(4, 4))
+    with refused(model, "the weight of '0' is a Int4Tensor of torchao, which cannot be wrapped; load the model in 16 bits"):
+        inject_adapters(model, "0", 2)
+
+
 def test_a_state_of_another_format_is_refused() -> None:
     model, state = quantize_base(net(), ENCODER), quantize_base(net(), ENCODER, scale_code="fp8_e4m3").state_dict()
     with pytest.raises(RuntimeError, match=r'encoder.0.query.weight was quantised as \["nf4", 64, "fp8_e4m3", 256, 8, 8\]'):
