@@ -41,6 +41,7 @@ from peftlite import *
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
 from peftlite.kernels.row_norm import row_norm
+from peftlite.quantization import Format
 from peftlite.targets import matches
 torch.manual_seed(0)
 torch.set_num_threads(1)

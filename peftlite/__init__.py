@@ -18,4 +18,5 @@ from peftlite.quantization import QuantizedLinear as QuantizedLinear
 from peftlite.quantize import dequantize_base as dequantize_base
 from peftlite.quantize import quantize_base as quantize_base
 from peftlite.targets import find_targets as find_targets
+from peftlite.training import OffloadedAdamW as OffloadedAdamW
 from peftlite.training import param_groups as param_groups
