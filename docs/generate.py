@@ -45,7 +45,7 @@ def describe(name: str) -> tuple[str, str]:
     """
     doc = peftlite.METHODS[name].__doc__ or ""
     formula = re.match(r"Compute ``(.+?)``", doc)
-    source = re.search(r"^ *Source: (.+?), \"(.+?)\", (arXiv:[\w.]+|.+?)\.$", doc, re.MULTILINE)
+    source = re.search(r"^ *Source: (.+?), \"([^\"]+)\", (arXiv:[\w.]+|.+?)\.$", doc, re.MULTILINE)
     if formula is None or source is None:
         raise ValueError(
             f"the docstring of method {name!r} must begin 'Compute ``formula``' and hold a line "

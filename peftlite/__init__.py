@@ -5,6 +5,7 @@ from peftlite.adapter import AdapterLinear as AdapterLinear
 from peftlite.analysis import summary as summary
 from peftlite.checkpoint import load_adapters as load_adapters
 from peftlite.checkpoint import save_adapters as save_adapters
+from peftlite.convert import convert_to_lora as convert_to_lora
 from peftlite.inject import adapters as adapters
 from peftlite.inject import disable_adapters as disable_adapters
 from peftlite.inject import inject_adapters as inject_adapters
@@ -12,11 +13,18 @@ from peftlite.inject import remove_adapters as remove_adapters
 from peftlite.merge import merge_adapters as merge_adapters
 from peftlite.merge import merged as merged
 from peftlite.methods import METHODS as METHODS
+from peftlite.methods import AdaLoRA as AdaLoRA
+from peftlite.methods import AdaLoRALinear as AdaLoRALinear
 from peftlite.methods import DoRALinear as DoRALinear
+from peftlite.methods import DyLoRA as DyLoRA
+from peftlite.methods import DyLoRALinear as DyLoRALinear
 from peftlite.methods import LoRALinear as LoRALinear
 from peftlite.quantization import QuantizedLinear as QuantizedLinear
 from peftlite.quantize import dequantize_base as dequantize_base
 from peftlite.quantize import quantize_base as quantize_base
 from peftlite.targets import find_targets as find_targets
+from peftlite.training import LISA as LISA
+from peftlite.training import Controller as Controller
 from peftlite.training import OffloadedAdamW as OffloadedAdamW
+from peftlite.training import RefLoRA as RefLoRA
 from peftlite.training import param_groups as param_groups

@@ -200,38 +200,68 @@ class AdapterLinear(nn.Module, ABC):
                 own.copy_(weight)
         return plain_linear(own, self.bias).train(self.training)
 
-    def create_factors(self, alpha: float | None, rslora: bool) -> None:
-        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale`.
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """Factors A ``(r, in)`` and B ``(out, r)``, the scale folded into B, with ``effective_weight() = base_weight() + B A``.
 
-        `scale` is ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732);
+        They are copies without a graph, in the dtype of the adapter. Their rank need not be `rank`: methods that multiply
+        or mix several factors need more. `convert_to_lora` does this for a whole model.
+
+        Raises:
+            ValueError: if the method's update is not of low rank; its merged weight is what it can be exported as.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be written as plain LoRA: what it does to the base weight is no update of low "
+            "rank. merge_adapters(model) folds it into the base weight, and effective_weight() is that weight."
+        )
+
+    def set_scale(self, alpha: float | None, rslora: bool) -> None:
+        """Set `scale` to ``alpha / rank``, or ``alpha / √rank`` with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+
         `alpha` is the rank by default.
         """
-        if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
-        self.alpha = float(self.rank if alpha is None else alpha)
+        self.alpha = float(self.rank) if alpha is None else check_alpha(alpha)
         self.rslora = rslora
         self.scale = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
-        bound = 1 / math.sqrt(self.in_features)
+
+    def draw_uniform(self, *shape: int, bound: float) -> Tensor:
+        """Values uniform in ±`bound` from the layer's generator, on the layer's device and in the adapter's dtype."""
         # Drawn on the CPU in fp32, so that a seed means the same values on every device and in every dtype.
-        a = torch.empty(self.rank, self.in_features, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
-        self.lora_a = nn.Parameter(a.to(self.weight.device, self._adapter_dtype))
-        b = torch.zeros(self.out_features, self.rank, dtype=self._adapter_dtype, device=self.weight.device)
-        self.lora_b = nn.Parameter(b)
+        values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=self._generator)
+        return values.to(self.weight.device, self._adapter_dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros on the layer's device and in the adapter's dtype."""
+        return torch.zeros(shape, device=self.weight.device, dtype=self._adapter_dtype)
+
+    def create_factors(self, alpha: float | None, rslora: bool) -> None:
+        """Create `lora_a` ``(r, in)``, uniform in ``±1/√in``, `lora_b` ``(out, r)``, zero, and `scale` by `set_scale`."""
+        self.set_scale(alpha, rslora)
+        self.lora_a = nn.Parameter(self.draw_uniform(self.rank, self.in_features, bound=1 / math.sqrt(self.in_features)))
+        self.lora_b = nn.Parameter(self.zeros(self.out_features, self.rank))
+
+    def basic_config(self) -> dict[str, Any]:
+        """Rank and dtypes, as `config` wants them."""
+        return {
+            "rank": self.rank,
+            "adapter_dtype": _dtype_name(next(iter(self.adapter_parameters().values())).dtype),
+            "base_dtype": _dtype_name(self.base_dtype),
+        }
 
     def low_rank_config(self) -> dict[str, Any]:
         """The options behind `create_factors`, as `config` wants them."""
-        return {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "rslora": self.rslora,
-            "adapter_dtype": _dtype_name(self.lora_a.dtype),
-            "base_dtype": _dtype_name(self.base_dtype),
-        }
+        return {**self.basic_config(), "alpha": self.alpha, "rslora": self.rslora}
 
     def extra_repr(self) -> str:
         """Shape and options, for ``print(model)``."""
         options = ", ".join(f"{name}={value}" for name, value in self.config().items() if value is not None)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {options}"
+
+
+def check_alpha(alpha: float) -> float:
+    """`alpha` as a float; a `ValueError` unless it is a positive number."""
+    if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
+    return float(alpha)
 
 
 def check_dropout(dropout: float) -> float:

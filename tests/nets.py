@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peftlite import METHODS, AdapterLinear
 
-# Values to try for options that are neither flags nor numbers.
+# Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
 CHOICES: dict[str, dict[str, Any]] = {"dropout_mode": {"dropout_mode": "peft", "dropout": 0.25}}
-NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25}
+NUMBERS: dict[str, Any] = {"alpha": 3.0, "dropout": 0.25, "initial_rank": 100, "active_rank": 1}
 
 
 def options_of(method: str) -> list[str]:
@@ -28,7 +28,9 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
         found.append((method, {}))
         for name in options_of(method):
             default = inspect.signature(METHODS[method].build).parameters[name].default
-            if isinstance(default, bool):
+            if f"{method}.{name}" in CHOICES:
+                found.append((method, CHOICES[f"{method}.{name}"]))
+            elif isinstance(default, bool):
                 found.append((method, {name: not default}))
             else:
                 found.append((method, CHOICES[name] if name in CHOICES else {name: NUMBERS[name]}))

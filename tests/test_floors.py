@@ -17,12 +17,13 @@ FLOORS: list[tuple[str, ...]] = [
     ("quantization.packed",),
     ("quantization.linear",),
     ("quantization", "adapter"),
+    ("training.controller",),  # the base of every controller, also of those that live in their method's file
     ("methods.*",),
     ("methods",),
     ("targets",),
     ("inject", "training.*"),
     ("training",),
-    ("merge", "quantize", "checkpoint", "interop.*", "analysis.*"),
+    ("merge", "quantize", "convert", "checkpoint", "interop.*", "analysis.*"),
     ("interop", "analysis"),
     ("", "cli"),
 ]

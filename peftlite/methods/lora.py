@@ -2,6 +2,7 @@
 
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from peftlite.adapter import AdapterLinear, check_dropout
@@ -28,7 +29,6 @@ class LoRALinear(AdapterLinear):
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 
     Example:
-        >>> import torch
         >>> layer = LoRALinear(16, 32, rank=4)
         >>> layer(torch.zeros(2, 16)).shape
         torch.Size([2, 32])
@@ -50,6 +50,11 @@ class LoRALinear(AdapterLinear):
     def effective_weight(self) -> Tensor:
         """``W + s B A``, ``(out, in)``."""
         return self.base_weight() + self.scale * (self.lora_b @ self.lora_a)
+
+    @torch.no_grad()
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """A and ``s B``."""
+        return self.lora_a.detach().clone(), self.scale * self.lora_b
 
     def adapted_forward(self, x: Tensor) -> Tensor:
         """``x Wᵀ + b + s (x̃ Aᵀ) Bᵀ`` without the dense update."""
