@@ -29,7 +29,7 @@ autodoc_preserve_defaults = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn)(\..+)?"),
     (r"py:.*", r"(collections\.abc|os|pathlib)\..+"),
-    (r"py:class", r"peftlite\.(inject|quantize)\.Model"),  # a type variable
+    (r"py:class", r"peftlite\.(inject|quantize|convert)\.Model"),  # a type variable
 ]
 
 doctest_global_setup = """
