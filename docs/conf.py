@@ -43,6 +43,7 @@ from peftlite.kernels.lora_linear import lora_linear
 from peftlite.kernels.paca_linear import paca_linear
 from peftlite.kernels.row_norm import row_norm
 from peftlite.sharing import SharedPool, group_of
+from peftlite.quantization import Format
 from peftlite.targets import matches
 torch.manual_seed(0)
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ IMPLEMENTATIONS = ("reference", "torch", "triton")
 SMALL = 100_000  # elements of the output: below, starting a Triton kernel takes longer than torch's own launches
 
 
-def choose(operation: str, impl: str, x: Tensor, weight: Tensor) -> str:
+def choose(operation: str, impl: str, x: Tensor, weight: Tensor, *, has_triton: bool = True) -> str:
     """Name the implementation of `operation` that runs: one of `IMPLEMENTATIONS`.
 
     Args:
@@ -24,6 +24,7 @@ def choose(operation: str, impl: str, x: Tensor, weight: Tensor) -> str:
             variable ``PEFTLITE_IMPL`` replaces ``"auto"`` and nothing else.
         x: the input, ``(..., in)``.
         weight: ``(out, in)``.
+        has_triton: whether the operation has such kernels at all.
 
     Raises:
         ValueError: for a name that is none of these, or for Triton where it cannot run, saying why. An explicit
@@ -36,10 +37,11 @@ def choose(operation: str, impl: str, x: Tensor, weight: Tensor) -> str:
         asked = f"PEFTLITE_IMPL={impl}"
         automatic = not impl
     if automatic:
-        return "triton" if _triton_pays(x, weight) else "torch"
-    if impl not in IMPLEMENTATIONS:
+        return "triton" if has_triton and _triton_pays(x, weight) else "torch"
+    implementations = IMPLEMENTATIONS if has_triton else IMPLEMENTATIONS[:-1]
+    if impl not in implementations:
         raise ValueError(
-            f"{operation}: {asked} was asked for, but its implementations are {', '.join(IMPLEMENTATIONS)}; "
+            f"{operation}: {asked} was asked for, but its implementations are {', '.join(implementations)}; "
             f"choose one of them, or 'auto'."
         )
     if impl == "triton":

@@ -56,7 +56,7 @@ def paca_linear(
             f"paca_linear: for weight {tuple(weight.shape)} x must be (..., {in_features}), index (r,) and columns "
             f"({out_features}, r); got {tuple(x.shape)}, {tuple(index.shape)} and {tuple(columns.shape)}."
         )
-    implementation = choose("paca_linear", impl)
+    implementation = choose("paca_linear", impl, x, weight, has_triton=False)
     x = x.to(compute_dtype(x))
     if implementation == "reference":
         return paca_linear_reference(x, weight, bias, columns, index, scale)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from peftlite.kernels.dispatch import without_autocast
 
@@ -135,10 +136,11 @@ def inverse_norm_gradients(
 def row_blocks(matrix: Tensor, acc: torch.dtype) -> Iterator[slice]:
     """Slices of the rows of `matrix` for passes in `acc`: on CPU a conversion makes a copy, which should stay in cache.
 
-    All rows at once where nothing must be converted, which is fastest there.
+    All rows at once where nothing must be converted, which is fastest there. A tensor subclass (a quantised weight) is
+    converted by any operation on it.
     """
     on_cpu = matrix.device.type == "cpu"
-    if matrix.dtype == acc and on_cpu:
+    if matrix.dtype == acc and on_cpu and type(matrix) in (Tensor, Parameter):
         yield slice(None)
         return
     step = max(1, (CPU_BLOCK if on_cpu else DEVICE_BLOCK) // max(1, matrix.shape[1]))

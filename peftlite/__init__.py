@@ -34,11 +34,15 @@ from peftlite.methods import TiedLoRALinear as TiedLoRALinear
 from peftlite.methods import TTLoRALinear as TTLoRALinear
 from peftlite.methods import VeRALinear as VeRALinear
 from peftlite.methods import XGBLoRALinear as XGBLoRALinear
+from peftlite.quantization import QuantizedLinear as QuantizedLinear
+from peftlite.quantize import dequantize_base as dequantize_base
+from peftlite.quantize import quantize_base as quantize_base
 from peftlite.selection import top_layers as top_layers
 from peftlite.selection import train_only as train_only
 from peftlite.targets import find_targets as find_targets
 from peftlite.training import LISA as LISA
 from peftlite.training import Controller as Controller
+from peftlite.training import OffloadedAdamW as OffloadedAdamW
 from peftlite.training import RefLoRA as RefLoRA
 from peftlite.training import param_groups as param_groups
 from peftlite.training import suggest_lr as suggest_lr

@@ -4,7 +4,6 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,8 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from peftlite.kernels.dispatch import compute_dtype
+from peftlite.options import check_alpha, dtype_name, floating_dtype
+from peftlite.quantization.linear import PackedWeight, QuantizedLinear, plain_linear
 from peftlite.sharing import Shared, SharedPool
 
 
@@ -24,7 +25,8 @@ class AdapterLinear(nn.Module, ABC):
 
     The layer takes over the Parameter objects of the linear layer that it replaces, under their old names, so that
     checkpoints of the base model still load. What it adds to them is the adapter: all of its other parameters train, all
-    of its other state is saved. A tensor that must not train is a buffer.
+    of its other state is saved. A tensor that must not train is a buffer. Over a `QuantizedLinear` `weight` is its
+    `PackedWeight`, likewise taken over; every method reads it through `base_weight`.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -49,7 +51,7 @@ class AdapterLinear(nn.Module, ABC):
 
     method: ClassVar[str]
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
@@ -69,7 +71,7 @@ class AdapterLinear(nn.Module, ABC):
         self._take_over(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, **options)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, **options: Any) -> Self:
+    def from_linear(cls, linear: nn.Linear | QuantizedLinear, rank: int, **options: Any) -> Self:
         """Make a layer that takes over `weight` and `bias` of `linear`, and freezes them.
 
         Args:
@@ -83,7 +85,7 @@ class AdapterLinear(nn.Module, ABC):
 
     def _take_over(
         self,
-        linear: nn.Linear,
+        linear: nn.Linear | QuantizedLinear,
         rank: int,
         *,
         adapter_dtype: torch.dtype | str | None = None,
@@ -103,8 +105,13 @@ class AdapterLinear(nn.Module, ABC):
         self.check_rank(rank, linear.in_features, linear.out_features)
         super().__init__()
         self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
-        self.base_dtype = _floating_dtype("base_dtype", base_dtype)
-        adapter_dtype = _floating_dtype("adapter_dtype", adapter_dtype)
+        self.base_dtype = floating_dtype("base_dtype", base_dtype)
+        if self.base_dtype is not None and isinstance(linear, QuantizedLinear):
+            raise ValueError(
+                f"base_dtype={base_dtype!r} was asked for a layer whose weight is quantised, and has no dtype to change; leave "
+                "it out."
+            )
+        adapter_dtype = floating_dtype("adapter_dtype", adapter_dtype)
         self._adapter_dtype = adapter_dtype or torch.promote_types(linear.weight.dtype, torch.float32)
         self._generator, self._pool, self._name = generator, pool, name
         self._standing = "adapted"  # or "base", or "merged": see `disable_adapters` and `merged`
@@ -173,8 +180,12 @@ class AdapterLinear(nn.Module, ABC):
         return self.adapted_forward(x) if self.group is None else self.group(self, x)
 
     def base_weight(self) -> Tensor:
-        """The frozen weight ``(out, in)`` as a dense tensor; every method reads the base through this accessor."""
-        return self.weight
+        """The frozen weight ``(out, in)``; every method reads the base through this accessor.
+
+        A quantised weight comes as a `PackedTensor`, which any operation on it makes dense for itself and which autograd
+        saves in its packed form.
+        """
+        return self.weight.tensor() if isinstance(self.weight, PackedWeight) else self.weight
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the frozen layer computes for x ``(..., in)``, in autocast's dtype where it is on, else in that of x."""
@@ -182,11 +193,11 @@ class AdapterLinear(nn.Module, ABC):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name: all but `weight` and `bias`."""
-        return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
+        return {name: p for name, p in self.named_parameters() if not _of_base(name)}
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's own tensors by name, parameters and buffers: all of the state but `weight` and `bias`."""
-        return {name: t for name, t in self.state_dict().items() if name not in ("weight", "bias")}
+        return {name: t for name, t in self.state_dict().items() if not _of_base(name)}
 
     @property
     def standing(self) -> str:
@@ -199,14 +210,15 @@ class AdapterLinear(nn.Module, ABC):
         self._standing, self._merged_weight = standing, merged_weight
         return before
 
-    def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
-        """A plain ``nn.Linear`` with the layer's own frozen Parameters, or with `weight` written into them."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        if weight is not None:
+    def to_linear(self, weight: Tensor | PackedWeight | None = None) -> nn.Linear | QuantizedLinear:
+        """A plain layer with the own frozen Parameters, or with `weight` written into them; a quantised one holds it instead."""
+        own: Any = self.weight
+        if isinstance(own, PackedWeight) and weight is not None:
+            own = weight if isinstance(weight, PackedWeight) else nn.Parameter(weight, requires_grad=False)
+        elif weight is not None:
             with torch.no_grad():
-                self.weight.copy_(weight)
-        linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+                own.copy_(weight)
+        return plain_linear(own, self.bias).train(self.training)
 
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """Factors A ``(r, in)`` and B ``(out, r)``, the scale folded into B, with ``effective_weight() = base_weight() + B A``.
@@ -264,8 +276,8 @@ class AdapterLinear(nn.Module, ABC):
         """Rank and dtypes, as `config` wants them."""
         return {
             "rank": self.rank,
-            "adapter_dtype": _dtype_name(next(iter(self.adapter_parameters().values())).dtype),
-            "base_dtype": _dtype_name(self.base_dtype),
+            "adapter_dtype": dtype_name(next(iter(self.adapter_parameters().values())).dtype),
+            "base_dtype": dtype_name(self.base_dtype),
         }
 
     def low_rank_config(self) -> dict[str, Any]:
@@ -278,37 +290,11 @@ class AdapterLinear(nn.Module, ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {options}"
 
 
-def check_alpha(alpha: float) -> float:
-    """`alpha` as a float; a `ValueError` unless it is a positive number."""
-    if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a positive number, got {alpha!r}; to switch a layer off use disable_adapters.")
-    return float(alpha)
-
-
-def check_dropout(dropout: float) -> float:
-    """`dropout` as a float; a `ValueError` unless it is in [0, 1)."""
-    if not (_is_number(dropout) and 0.0 <= dropout < 1.0):
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}.")
-    return float(dropout)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _of_base(name: str) -> bool:
+    """Whether a tensor of an adapted layer is the base's: `weight`, `bias`, or a part of a packed weight."""
+    return name.partition(".")[0] in ("weight", "bias")
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = compute_dtype(x)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-def _floating_dtype(option: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
-        raise ValueError(
-            f"{option} must be one of torch.float64, torch.float32, torch.bfloat16, torch.float16 (or its name), got {dtype!r}."
-        )
-    return found
-
-
-def _dtype_name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from peftlite.adapter import AdapterLinear
 from peftlite.inject import adapters, check_not_tied, install, resolve_method, unchanged_on_error
+from peftlite.quantization.linear import PackedWeight
 from peftlite.sharing import SharedPool
+from peftlite.targets import is_plain_linear
 
 FORMAT, VERSION = "peftlite", "1"
 SAMPLES = 1024  # elements of a base weight that its fingerprint looks at
@@ -94,9 +96,11 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], *, check_base:
         values = []
         for name, layer in layers.items():
             if check_base and fingerprint(layer) != base.get(name):
+                trained, here = (side.get("quantized", "dense") for side in (base.get(name, {}), fingerprint(layer)))
+                kinds = "shape or values differ" if trained == here else f"that was {trained}, this is {here}"
                 raise ValueError(
-                    f"{path}: the base weight of {name!r} is not the one that this adapter was trained on (shape or values "
-                    "differ). Load it into its own base model; check_base=False loads it all the same."
+                    f"{path}: the base weight of {name!r} is not the one that this adapter was trained on ({kinds}). Load it "
+                    "into its own base model; check_base=False loads it all the same."
                 )
             state = {key: t for key, t in layer.adapter_state().items() if f"{name}.{key}" not in shared}
             own = {key: tensors.pop(f"{name}.{key}", None) for key in state}
@@ -134,7 +138,10 @@ def fingerprint(layer: AdapterLinear) -> dict[str, Any]:
             step = max(1, flat.numel() // SAMPLES)
             sample = flat[::step].to("cpu", torch.float32).to(torch.bfloat16).view(torch.int16)
             digest.update(sample.numpy().tobytes())
-    return {"shape": list(layer.base_weight().shape), "bias": layer.bias is not None, "hash": digest.hexdigest()[:16]}
+    found = {"shape": list(layer.base_weight().shape), "bias": layer.bias is not None, "hash": digest.hexdigest()[:16]}
+    if isinstance(layer.weight, PackedWeight):
+        found["quantized"] = layer.weight.form.code
+    return found
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -199,7 +206,7 @@ def _rebuild(model: nn.Module, path: Path, name: str, spec: dict[str, Any], pool
                 "remove_adapters first."
             )
         return module
-    if type(module) is not nn.Linear:
+    if not is_plain_linear(module):
         raise ValueError(f"{path}: the file adapts {name!r} as an nn.Linear, but there it is {type(module).__name__}.")
     if spec.get("base_dtype") is not None:
         check_not_tied(model, module, name, "holding it in another dtype")

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_dropout
 
 
 class StartingPointLinear(AdapterLinear):

@@ -3,13 +3,17 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from torch import nn
+
+from peftlite.quantization.linear import PackedWeight, QuantizedLinear
 
 Value = TypeVar("Value", int, float)
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
+PlainLinear = nn.Linear | QuantizedLinear
+FOREIGN = " Layers of bitsandbytes are not wrapped: load the model in 16 bits and call quantize_base."
 FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -47,8 +51,8 @@ def require_match(what: str, pattern: str, names: Iterable[str], of: str) -> lis
 
 def find_targets(
     model: nn.Module, targets: Targets, *, exclude: Iterable[str] = (), heads: Iterable[str] = ()
-) -> dict[str, nn.Linear]:
-    """The ``nn.Linear`` layers of `model` that `targets` means, by name, in the order of the model.
+) -> dict[str, PlainLinear]:
+    """The ``nn.Linear`` and `QuantizedLinear` layers of `model` that `targets` means, by name, in the order of the model.
 
     Args:
         model: any module.
@@ -67,10 +71,10 @@ def find_targets(
         >>> list(find_targets(model, "all-linear", exclude=["2"]))
         ['0']
     """
-    if type(model) is nn.Linear:
+    if is_plain_linear(model):
         raise ValueError("the model is itself an nn.Linear and has no parent to put an adapter into; use from_linear.")
     # A layer that the model holds under several names may be meant by any of them.
-    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if is_plain_linear(m)}
     in_heads = {m for name, m in linears.items() if any(name == h or name.startswith(f"{h}.") for h in heads)}
     kind = f"nn.Linear of {type(model).__name__}"
     if callable(targets):
@@ -94,6 +98,11 @@ def find_targets(
     return {name: m for name, m in model.named_modules() if m in wanted}
 
 
+def is_plain_linear(module: nn.Module) -> TypeGuard[PlainLinear]:
+    """Whether `module` is of exactly a type that can be adapted; a subclass may compute something else."""
+    return type(module) in (nn.Linear, QuantizedLinear)
+
+
 def both_target_and_trained(name: str) -> str:
     """What to say of a layer that is to be adapted and to be trained in full."""
     return f"{name!r} is both a target and part of what `trainable` trains in full; take it out of one of the two."
@@ -112,7 +121,7 @@ def resolve_pattern(what: str, patterns: Mapping[str, Value] | None, names: Iter
     return resolved
 
 
-def _require_linear(model: nn.Module, pattern: str, linears: Mapping[str, nn.Linear], kind: str) -> list[str]:
+def _require_linear(model: nn.Module, pattern: str, linears: Mapping[str, PlainLinear], kind: str) -> list[str]:
     others = [(name, m) for name, m in model.named_modules() if name and name not in linears and matches(name, pattern)]
     if any(matches(name, pattern) for name in linears):
         # A plain name that also means a subclass would adapt only some of the layers that it seems to promise.
@@ -122,11 +131,12 @@ def _require_linear(model: nn.Module, pattern: str, linears: Mapping[str, nn.Lin
         raise ValueError(
             f"target {pattern!r} matches {type(module).__name__} {name!r} of {type(model).__name__}, but only layers of the "
             "exact type nn.Linear can be adapted (a subclass may compute something else); a glob leaves the others out."
+            + (FOREIGN if type(module).__module__.startswith("bitsandbytes") else "")
         )
     return require_match("target", pattern, linears, kind)
 
 
-def _check_can_carry(model: nn.Module, name: str, linear: nn.Linear) -> None:
+def _check_can_carry(model: nn.Module, name: str, linear: PlainLinear) -> None:
     parts = name.split(".")
     for depth in range(len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
@@ -136,10 +146,15 @@ def _check_can_carry(model: nn.Module, name: str, linear: nn.Linear) -> None:
                 "path reads its weight directly and would skip the adapter without a word; leave it out with `exclude`, or "
                 "write the block with plain nn.Linear calls."
             )
-    if not isinstance(linear.weight, nn.Parameter):
+    if not isinstance(linear.weight, nn.Parameter | PackedWeight):
         raise ValueError(
             f"the weight of {name!r} is not a Parameter but computed (weight_norm, pruning?); make it permanent first, "
             "then inject."
+        )
+    if type(linear.weight).__module__.startswith("torchao"):
+        raise ValueError(
+            f"the weight of {name!r} is a {type(linear.weight).__name__} of torchao, which cannot be wrapped; load the model "
+            "in 16 bits and call quantize_base."
         )
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         raise ValueError(f"{name!r} has hooks, which would be lost with the layer; register them after injection.")

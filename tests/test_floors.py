@@ -10,16 +10,20 @@ ROOT = Path(__file__).resolve().parents[1] / "peftlite"
 
 # From the ground up. A module may import from lower floors, and from its own package's `__init__` not at all.
 FLOORS: list[tuple[str, ...]] = [
-    ("kernels.dispatch", "_version", "sharing"),
+    ("kernels.dispatch", "_version", "sharing", "options"),
     ("kernels",),
-    ("adapter", "quantization"),
-    ("training.controller", "starting_point"),  # the base of every controller, also of those in their method's file
+    ("quantization.levels",),
+    ("quantization.blockwise",),
+    ("quantization.packed",),
+    ("quantization.linear",),
+    ("quantization", "adapter"),
+    ("training.controller", "starting_point"),  # the base of every controller, also of those that live in their method's file
     ("methods.*",),
     ("methods",),
     ("targets", "fusion"),
     ("inject", "training.*"),
     ("training",),
-    ("merge", "convert", "selection", "checkpoint", "interop.*", "analysis.*"),
+    ("merge", "quantize", "convert", "selection", "checkpoint", "interop.*", "analysis.*"),
     ("interop", "analysis"),
     ("", "cli"),
 ]

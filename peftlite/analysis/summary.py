@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftlite.inject import adapters
+from peftlite.quantization.linear import packed_weights
 
 COLUMNS = ("layer", "method", "shape", "rank", "scale", "dtype", "trained")
 
@@ -17,7 +18,7 @@ class Summary:
     Attributes:
         rows: one tuple per layer, in the order of `COLUMNS`; what several layers share counts in the first of them.
         trained: number of parameters that train, shared ones counted once.
-        total: number of parameters in all, likewise.
+        total: number of parameters in all, likewise; a quantised weight counts as the matrix that it stands for.
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -76,4 +77,6 @@ def summary(model: nn.Module) -> Summary:
             rows.append((name, "-", shape, "-", "-", dtype, f"{parameter.numel():,}"))
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return Summary(tuple(rows), trained, sum(p.numel() for p in parameters))
+    packed = list(packed_weights(model))  # counts the numbers that they stand for, and not the bytes that hold them
+    total = sum(p.numel() for p in parameters) + sum(w.numel() - sum(p.numel() for p in w.parameters()) for w in packed)
+    return Summary(tuple(rows), trained, total)

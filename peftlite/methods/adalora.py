@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftlite.adapter import AdapterLinear, check_alpha, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_alpha, check_dropout
 from peftlite.training.controller import Controller, check_choice, check_count
 
 STD = 0.02  # of the initial singular vectors, as in the authors' code

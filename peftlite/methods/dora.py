@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.dora_linear import dora_linears
 from peftlite.kernels.row_norm import BaseSquare, row_norm
 from peftlite.kernels.weight_decomposed import EPS, DoRAArguments
+from peftlite.options import check_dropout
 
 
 @final

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_dropout
 from peftlite.training.controller import Controller, check_choice, check_count
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.dispatch import compute_dtype
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_dropout
 
 
 @final

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linears
 from peftlite.kernels.low_rank import LoRAArguments
+from peftlite.options import check_dropout
 
 
 @final

@@ -5,8 +5,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_dropout
 
 
 @final

@@ -8,8 +8,9 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_dropout
 from peftlite.sharing import SharedTensor, seeded_generator
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -6,8 +6,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_dropout
 from peftlite.sharing import SharedTensor, check_scope, group_of
 
 FLAGS = ("train_a", "train_b", "train_u", "train_v", "tie_a", "tie_b")

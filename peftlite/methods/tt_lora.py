@@ -8,8 +8,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from peftlite.adapter import AdapterLinear, check_alpha, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_alpha, check_dropout
 
 LARGEST_FACTOR = 64  # of an automatic shape, as in the authors' settings
 

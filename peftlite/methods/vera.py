@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from peftlite.adapter import AdapterLinear, check_dropout
+from peftlite.adapter import AdapterLinear
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.options import check_dropout
 from peftlite.sharing import SharedTensor, seeded_generator
 
 

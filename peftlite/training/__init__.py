@@ -6,6 +6,7 @@ package `peftlite.methods` (single modules of it may be imported).
 
 from peftlite.training.controller import Controller as Controller
 from peftlite.training.lisa import LISA as LISA
+from peftlite.training.offload import OffloadedAdamW as OffloadedAdamW
 from peftlite.training.param_groups import param_groups as param_groups
 from peftlite.training.reflora import RefLoRA as RefLoRA
 from peftlite.training.step_cache import StepCache as StepCache
