@@ -43,8 +43,10 @@ def modules() -> set[str]:
     """Every file that belongs into the package, by its path in it."""
     package, kernels = ROOT / "peftlite", ROOT / "kernels"
     found = {p.relative_to(ROOT).as_posix() for p in package.rglob("*.py")} | {"peftlite/py.typed"}
-    found |= {f"peftlite/kernels/{p.relative_to(kernels).as_posix()}" for p in kernels.rglob("*.py")}
+    ours = [*kernels.rglob("*.py"), *kernels.rglob("*.json")]
+    found |= {f"peftlite/kernels/{p.relative_to(kernels).as_posix()}" for p in ours}
     assert {"peftlite/adapter.py", "peftlite/methods/lora.py", "peftlite/kernels/lora_linear.py"} <= found
+    assert "peftlite/kernels/configs.json" in found
     return found
 
 
