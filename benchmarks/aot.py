@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +24,11 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.harness import RESULTS, machine, write_result
-from benchmarks.launches import Variant, uncovered, variants
+from benchmarks.launches import Record, Variant, record
 from benchmarks.machine_code import ARCHITECTURES, REGISTER_FILE, Job, compile_job, specialise
 from benchmarks.tables import aot_table
 
 WRITE_EVERY = 25  # compilations between two writings of the result file
-SHARES_THE_X = ("registers", "shared", "spills")
 
 
 class Planned(NamedTuple):
@@ -39,11 +38,11 @@ class Planned(NamedTuple):
     variant: Variant
 
 
-def plan(architectures: Sequence[str]) -> list[Planned]:
-    """Everything that the operations launch on `architectures`, each distinct compilation once."""
+def plan(records: Mapping[str, Record]) -> list[Planned]:
+    """Everything that the operations launch, by architecture; each distinct compilation once."""
     planned: dict[str, Planned] = {}
-    for architecture in architectures:
-        for variant in variants(architecture):
+    for architecture, found in records.items():
+        for variant in found.variants:
             launch = variant.launch
             options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
             job = specialise(launch.kernel, architecture, launch.args, launch.constexprs, options)
@@ -167,7 +166,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gate; the exit status."""
     options = parser().parse_args(arguments)
-    planned = plan(options.arch)
+    records = {name: record(name) for name in options.arch}
+    planned = plan(records)
     if options.sample:
         planned = planned[:: max(1, len(planned) // options.sample)]
     try:
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for entry, failure in red:
         constants = ", ".join(f"{key}={value}" for key, value in entry["constants"].items())
         print(f"FAILED {entry['kernel']} {entry['architecture']} {entry['dtype']} ({entry['why']}): {failure}\n    {constants}")
-    missed = [] if options.sample else [line for name in options.arch for line in uncovered(name)]
+    missed = [line for found in records.values() for line in found.uncovered]
     for line in missed:
         print(f"FAILED the table of configurations has an entry that nothing launches: {line}")
     print(f"\n{len(entries)} variants, {len(red) + len(missed)} failed assertions; written to {options.output}")
