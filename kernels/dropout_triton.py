@@ -1,0 +1,125 @@
+"""Dropout masks as bits: element (i, j) is kept where a 16-bit draw, a function of (seed, i, j) alone, reaches a threshold.
+
+The draws are the outputs of Philox 4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
+counter is (column // 8, row): one call decides eight neighbouring columns, one byte of the mask. Tiles, splits and launches
+therefore do not change a mask. The seed is read on the device, so that a captured CUDA graph draws anew in each replay.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftlite.kernels.configs import config
+from peftlite.kernels.launch_triton import architecture, launch
+
+LEVELS = 1 << 16  # probabilities are multiples of 1 / LEVELS
+ROUNDS = 7
+
+
+def drop_threshold(dropout: float) -> int:
+    """The draws below this number, of 65536, drop their element: `dropout` rounded to the nearest such share, never all.
+
+    Raises:
+        ValueError: if `dropout` is not in [0, 1).
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+    return min(round(dropout * LEVELS), LEVELS - 1)
+
+
+def keep_probability(dropout: float) -> float:
+    """The probability ``1 - p`` with which elements are in fact kept; divide by this one, not by ``1 - dropout``."""
+    return 1.0 - drop_threshold(dropout) / LEVELS
+
+
+@triton.jit
+def draw_bits(seed, rows, bytes_, threshold):
+    """Bytes `(rows, bytes_)` of the mask as int32; bit k of byte j is column ``8 j + k``."""
+    zero = tl.zeros((rows.shape[0], bytes_.shape[0]), tl.int32)
+    column = zero + bytes_[None, :].to(tl.int32)
+    row = zero + rows[:, None].to(tl.int32)
+    a, b, c, d = tl.philox(seed, column, row, zero, zero, 7)
+    bits = ((a & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    bits |= ((a >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1
+    bits |= ((b & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << 2
+    bits |= ((b >> 16).to(tl.int32) >= threshold).to(tl.int32) << 3
+    bits |= ((c & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << 4
+    bits |= ((c >> 16).to(tl.int32) >= threshold).to(tl.int32) << 5
+    bits |= ((d & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << 6
+    bits |= ((d >> 16).to(tl.int32) >= threshold).to(tl.int32) << 7
+    return bits
+
+
+@triton.jit
+def load_bits(MASK, rows, bytes_, stride, row_count, byte_count):
+    """Bytes `(rows, bytes_)` of a stored mask `(row_count, byte_count)` as int32, zeros outside of it."""
+    inside = (rows < row_count)[:, None] & (bytes_ < byte_count)[None, :]
+    return tl.load(MASK + rows[:, None].to(tl.int64) * stride + bytes_[None, :], mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def kept(bits, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The bytes `bits (BLOCK_M, BLOCK_C // 8)` as booleans `(BLOCK_M, BLOCK_C)`.
+
+    One load of a byte serves eight columns; a load per column would be eight narrow ones.
+    """
+    single = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(single, (BLOCK_M, BLOCK_C)) != 0
+
+
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def _draw_mask_kernel(MASK, SEED, rows, byte_count, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    byte = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    bits = draw_bits(tl.load(SEED), row, byte, threshold)
+    inside = (row < rows)[:, None] & (byte < byte_count)[None, :]
+    tl.store(MASK + row[:, None] * byte_count + byte[None, :], bits.to(tl.uint8), mask=inside)
+
+
+def draw_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    """Draw the mask of a `(rows, columns)` matrix: `(rows, ceil(columns / 8))` of uint8, a set bit keeps its element.
+
+    Args:
+        seed: one int64 on the device.
+        rows: of the matrix.
+        columns: of the matrix.
+        dropout: probability of dropping an element, rounded as `drop_threshold` says.
+    """
+    byte_count = triton.cdiv(columns, 8)
+    mask = torch.empty(rows, byte_count, dtype=torch.uint8, device=seed.device)
+    tile = config(
+        "dropout", arch=architecture(seed.device), dtype=torch.uint8, rank=1, columns=columns, rows=rows
+    )
+    grid = (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(byte_count, tile["BLOCK_C"]))
+    launch(_draw_mask_kernel, grid, mask, seed, rows, byte_count, drop_threshold(dropout), **tile)
+    return mask
+
+
+def unpack_mask(mask: Tensor, columns: int) -> Tensor:
+    """The bits of `mask (M, ceil(columns / 8))` as a bool tensor `(M, columns)`."""
+    shifts = torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :columns].bool()
+
+
+def keep_mask_reference(seed: int, rows: int, columns: int, dropout: float) -> Tensor:
+    """The same mask in torch operations on CPU, bool `(rows, columns)`: what the kernels must draw, for tests."""
+    low = 0xFFFFFFFF
+    count = -(-columns // 8)
+    c0 = torch.arange(count).expand(rows, count)
+    c1 = torch.arange(rows)[:, None].expand(rows, count)
+    c2 = c3 = torch.zeros(rows, count, dtype=torch.int64)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(ROUNDS):
+        high_a, low_a = _multiply(c0, 0xD2511F53)
+        high_b, low_b = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
+    return (torch.stack(halves, dim=-1) >= drop_threshold(dropout)).flatten(1)[:, :columns]
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """The upper and lower 32 bits of products of unsigned 32-bit numbers, held in int64, whose overflow wraps."""
+    middle = (a >> 16) * b + (((a & 0xFFFF) * b) >> 16)
+    return middle >> 16, (a * b) & 0xFFFFFFFF

@@ -1,0 +1,49 @@
+"""Several matrices in one launch: up to four of each argument, picked by the program's index.
+
+Modules that read the same input (query, key and value) run together. Their pointers are ordinary arguments, not a table in
+memory: a table would have to be copied to the device, which a captured CUDA graph forbids.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST_GROUP = 4
+
+T = TypeVar("T")
+
+
+@triton.jit
+def pick(index, a, b, c, d, GROUP: tl.constexpr):
+    """The argument number `index` of the first `GROUP`; what is known of the alignment of all of them is known of the result."""
+    if GROUP > 1:
+        a = tl.where(index == 1, b, a)
+    if GROUP > 2:
+        a = tl.where(index == 2, c, a)
+    if GROUP > 3:
+        a = tl.where(index == 3, d, a)
+    return a
+
+
+def four(items: Sequence[T]) -> tuple[T, ...]:
+    """One to four `items`, filled up to four with the first, which `pick` then never takes.
+
+    Raises:
+        ValueError: for none, or for more than four.
+    """
+    if not 1 <= len(items) <= LARGEST_GROUP:
+        raise ValueError(f"a group is of 1 to {LARGEST_GROUP} matrices, got {len(items)}; launch larger groups in parts.")
+    return (*items, *[items[0]] * (LARGEST_GROUP - len(items)))
+
+
+def check_rows(name: str, tensors: Sequence[Tensor], rows: int) -> None:
+    """Raise a `ValueError` unless each of `tensors` is a matrix of `rows` rows whose columns lie side by side in memory."""
+    for tensor in tensors:
+        if tensor.ndim != 2 or tensor.shape[0] != rows or (tensor.shape[1] > 1 and tensor.stride(1) != 1):
+            raise ValueError(
+                f"{name} must have {rows} rows with stride(-1) = 1, got shape {tuple(tensor.shape)} and strides "
+                f"{tensor.stride()}; call .contiguous() before."
+            )
