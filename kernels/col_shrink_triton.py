@@ -22,45 +22,21 @@ from peftlite.kernels.numerics_triton import dot, input_precision, rounded
 
 @triton.jit(do_not_specialize=["rows", "rows_per_split"])
 def _col_shrink_kernel(
-    X0,
-    X1,
-    X2,
-    X3,
-    Y0,
-    Y1,
-    Y2,
-    Y3,
-    BIAS0,
-    BIAS1,
-    BIAS2,
-    BIAS3,
-    GAIN0,
-    GAIN1,
-    GAIN2,
-    GAIN3,
-    D0,
-    D1,
-    D2,
-    D3,
+    X0, X1, X2, X3,
+    Y0, Y1, Y2, Y3,
+    BIAS0, BIAS1, BIAS2, BIAS3,
+    GAIN0, GAIN1, GAIN2, GAIN3,
+    D0, D1, D2, D3,
     V,
     MASK,
     PARTS,
     SUMS,
     rows,
     rows_per_split,
-    columns0,
-    columns1,
-    columns2,
-    columns3,
+    columns0, columns1, columns2, columns3,
     widest,
-    stride_x0,
-    stride_x1,
-    stride_x2,
-    stride_x3,
-    stride_y0,
-    stride_y1,
-    stride_y2,
-    stride_y3,
+    stride_x0, stride_x1, stride_x2, stride_x3,
+    stride_y0, stride_y1, stride_y2, stride_y3,
     stride_v,
     stride_mask,
     GROUP: tl.constexpr,
@@ -181,7 +157,8 @@ def col_shrink(
     rank = 0 if v is None else v.shape[1] // len(xs)
     _check(xs, v, factors, by_rank, gains, mask, scaled, magnitudes, biases)
     like = xs[0]
-    tile = dict(config("col_shrink", arch=(arch := architecture(like.device)), dtype=like.dtype, rank=rank, columns=widest, rows=rows))
+    arch = architecture(like.device)
+    tile = dict(config("col_shrink", arch=arch, dtype=like.dtype, rank=rank, columns=widest, rows=rows))
     blocks = triton.cdiv(rows, tile["BLOCK_M"])
     per_split = triton.cdiv(blocks, tile.pop("SPLITS"))
     splits = triton.cdiv(blocks, per_split) if rows else 1
@@ -246,8 +223,8 @@ def _check(
         apart = magnitudes is not None or biases is not None or gains is not None or group > 1
         if columns != expected or not shared or (shared > 1 and apart) or v.shape[1] % len(factors):
             raise ValueError(
-                f"col_shrink: factors of shapes {[tuple(f.shape) for f in factors]} (by_rank={by_rank}) do not fit {group} x of "
-                f"{[x.shape[1] for x in xs]} columns and v of shape {tuple(v.shape)}; give one factor for each x, or several "
+                f"col_shrink: factors of shapes {[tuple(f.shape) for f in factors]} (by_rank={by_rank}) do not fit {group} x "
+                f"of {[x.shape[1] for x in xs]} columns and v of shape {tuple(v.shape)}; give one factor for each x, or several "
                 "for a single x that has no gains, magnitudes or biases."
             )
     elif factors:

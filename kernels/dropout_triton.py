@@ -1,6 +1,6 @@
 """Dropout masks as bits: element (i, j) is kept where a 16-bit draw, a function of (seed, i, j) alone, reaches a threshold.
 
-The draws are the outputs of Philox 4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
+The draws are outputs of Philox 4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
 counter is (column // 8, row): one call decides eight neighbouring columns, one byte of the mask. Tiles, splits and launches
 therefore do not change a mask. The seed is read on the device, so that a captured CUDA graph draws anew in each replay.
 """
@@ -88,9 +88,7 @@ def draw_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     """
     byte_count = triton.cdiv(columns, 8)
     mask = torch.empty(rows, byte_count, dtype=torch.uint8, device=seed.device)
-    tile = config(
-        "dropout", arch=architecture(seed.device), dtype=torch.uint8, rank=1, columns=columns, rows=rows
-    )
+    tile = config("dropout", arch=architecture(seed.device), dtype=torch.uint8, rank=1, columns=columns, rows=rows)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(byte_count, tile["BLOCK_C"]))
     launch(_draw_mask_kernel, grid, mask, seed, rows, byte_count, drop_threshold(dropout), **tile)
     return mask

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @triton.jit
 def pick(index, a, b, c, d, GROUP: tl.constexpr):
-    """The argument number `index` of the first `GROUP`; what is known of the alignment of all of them is known of the result."""
+    """Argument number `index` of the first `GROUP`, with the alignment that is known of all of them."""
     if GROUP > 1:
         a = tl.where(index == 1, b, a)
     if GROUP > 2:
