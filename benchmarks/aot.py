@@ -8,7 +8,8 @@ The operations themselves say what they would launch, for every entry of the tab
 changes a kernel, so that nothing is listed twice. Asserted: no spills, no stack, no local memory; shared memory and
 registers within the architecture's limits; tensor cores wherever 16-bit matrices are multiplied, and Hopper's own in bf16;
 128-bit loads and no narrower ones than 32 bits where all is aligned; no atomics; square roots and quotients that round to
-nearest. gfx942 is for information. The exit status is 1 where an assertion fails.
+nearest. Bytes are loaded singly where they are dropout bits, eight columns each, and where a last kernel reads one value
+per column, which is no stream. gfx942 is for information. The exit status is 1 where an assertion fails.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from benchmarks.launches import Record, Variant, record
 from benchmarks.machine_code import ARCHITECTURES, REGISTER_FILE, Job, compile_job, specialise
 from benchmarks.tables import aot_table
 
+VALUE_PER_COLUMN = ("_finish_columns_kernel",)  # reads vectors of 16-bit numbers, one per column, beside its streams
+HOPPER = ("_row_norm_kernel", "_row_shrink_kernel", "_col_shrink_kernel")  # must use the tensor cores of sm_90 in bf16
 WRITE_EVERY = 25  # compilations between two writings of the result file
 
 
@@ -60,6 +63,8 @@ def describe(planned: Planned) -> dict[str, Any]:
         "dtype": variant.dtype,
         "aligned": variant.aligned,
         "why": variant.why,
+        "reads_floats": any(kind.startswith(("*fp", "*bf")) for kind in job.signature.values()),
+        "reads_bits": "*u8" in job.signature.values(),
         "constants": constants,
         "warps": job.options["num_warps"],
         "stages": job.options["num_stages"],
@@ -84,13 +89,16 @@ def failures(entry: dict[str, Any]) -> list[str]:
     if entry["dots"] and entry["dtype"] != "float32":
         if not entry["hmma"] + entry["hgmma"] + entry["tcgen05"]:
             found.append("multiplies 16-bit matrices without tensor cores")
-        if entry["architecture"] == "sm_90" and not entry["hgmma"]:
+        hopper = entry["kernel"] in HOPPER and entry["dtype"] == "bfloat16" and entry["architecture"] == "sm_90"
+        if hopper and not entry["hgmma"]:
             found.append("no HGMMA on sm_90")
     if entry["aligned"]:
-        if not entry["wide_loads"]:
+        if entry["reads_floats"] and not entry["wide_loads"]:
             found.append("no 128-bit load, though all is aligned")
-        if entry["narrow_loads"]:
-            found.append(f"{entry['narrow_loads']} loads of 8 or 16 bits, though all is aligned")
+        if entry["loads_16"] and entry["kernel"] not in VALUE_PER_COLUMN:
+            found.append(f"{entry['loads_16']} loads of 16 bits, though all is aligned")
+        if entry["loads_8"] and not entry["reads_bits"]:
+            found.append(f"{entry['loads_8']} loads of 8 bits, though all is aligned and there is no mask")
     found += [f"{form} is not rounded to nearest" for form in entry["sqrt"] + entry["div"] if ".rn." not in form]
     return found
 

@@ -49,7 +49,8 @@ _SASS = {
     "tcgen05": r"UTC\w*MMA\S*",
     "wide_loads": r"(?:LDG|LDGSTS)\.\S*(?:128|256)\S*|UTMALDG\S*",
     "loads_64": r"(?:LDG|LDGSTS)\.(?:\S*\.)?64\S*",
-    "narrow_loads": r"LDG\.(?:\S*\.)?[US](?:8|16)\b\S*",
+    "loads_16": r"LDG\.(?:\S*\.)?[US]16\b\S*",
+    "loads_8": r"LDG\.(?:\S*\.)?[US]8\b\S*",
     "local_loads": r"LDL\S*",
     "local_stores": r"STL\S*",
     "atomics": r"(?:ATOM|ATOMG|RED|REDG)\b\S*",
@@ -60,7 +61,8 @@ _GCN = {
     "tcgen05": r"(?!)",
     "wide_loads": r"(?:global|buffer)_load_dwordx4\S*",
     "loads_64": r"(?:global|buffer)_load_dwordx2\S*",
-    "narrow_loads": r"(?:global|buffer)_load_[us](?:byte|short)\S*",
+    "loads_16": r"(?:global|buffer)_load_[us]short\S*",
+    "loads_8": r"(?:global|buffer)_load_[us]byte\S*",
     "local_loads": r"scratch_load\S*",
     "local_stores": r"scratch_store\S*",
     "atomics": r"(?:global|buffer|flat)_atomic\S*",
@@ -127,7 +129,7 @@ def specialise(
 def compile_job(job: Job) -> dict[str, Any]:
     """Compile `job`; its figures: registers, bytes of shared, stack and local memory, counts of instructions.
 
-    Those of `_SASS`, ``sqrt`` and ``div`` as sorted lists of the PTX forms that occur, and ``dots``, the number of
+    Those of `_SASS`, ``sqrt`` and ``div`` as sorted lists of the floating-point PTX forms that occur, and ``dots``, the number of
     products in Triton's intermediate form.
     """
     architecture = ARCHITECTURES[job.architecture]
@@ -173,7 +175,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def _read_ptx(ptx: str) -> dict[str, Any]:
-    return {name: sorted(set(re.findall(rf"\b({name}\.[a-z0-9.]+)", ptx))) for name in ("sqrt", "div")}
+    return {name: sorted(set(re.findall(rf"\b({name}\.[a-z.]*f(?:32|64))\b", ptx))) for name in ("sqrt", "div")}
 
 
 def _read_gcn(text: str) -> dict[str, Any]:
