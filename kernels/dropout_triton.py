@@ -5,6 +5,8 @@ counter is (column // 8, row): one call decides eight neighbouring columns, one 
 therefore do not change a mask. The seed is read on the device, so that a captured CUDA graph draws anew in each replay.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from peftlite.kernels.configs import config
 from peftlite.kernels.launch_triton import architecture, launch
 
 LEVELS = 1 << 16  # probabilities are multiples of 1 / LEVELS
-ROUNDS = 7
+ROUNDS = tl.constexpr(7)
 
 
 def drop_threshold(dropout: float) -> int:
@@ -39,7 +41,7 @@ def draw_bits(seed, rows, bytes_, threshold):
     zero = tl.zeros((rows.shape[0], bytes_.shape[0]), tl.int32)
     column = zero + bytes_[None, :].to(tl.int32)
     row = zero + rows[:, None].to(tl.int32)
-    a, b, c, d = tl.philox(seed, column, row, zero, zero, 7)
+    a, b, c, d = tl.philox(seed, column, row, zero, zero, ROUNDS)
     bits = ((a & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
     bits |= ((a >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1
     bits |= ((b & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << 2
@@ -102,22 +104,28 @@ def unpack_mask(mask: Tensor, columns: int) -> Tensor:
 
 def keep_mask_reference(seed: int, rows: int, columns: int, dropout: float) -> Tensor:
     """The same mask in torch operations on CPU, bool `(rows, columns)`: what the kernels must draw, for tests."""
-    low = 0xFFFFFFFF
     count = -(-columns // 8)
-    c0 = torch.arange(count).expand(rows, count)
-    c1 = torch.arange(rows)[:, None].expand(rows, count)
-    c2 = c3 = torch.zeros(rows, count, dtype=torch.int64)
+    column, row = torch.arange(count).expand(rows, count), torch.arange(rows)[:, None].expand(rows, count)
+    zero = torch.zeros_like(row)
+    words = philox_reference(seed, (column, row, zero, zero))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return (torch.stack(halves, dim=-1) >= drop_threshold(dropout)).flatten(1)[:, :columns]
+
+
+def philox_reference(seed: int, counter: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Four words of Philox 4x32-7 for a counter of four words; unsigned 32-bit numbers, held in int64."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
     k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS.value):
         high_a, low_a = _multiply(c0, 0xD2511F53)
         high_b, low_b = _multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
-    return (torch.stack(halves, dim=-1) >= drop_threshold(dropout)).flatten(1)[:, :columns]
+    return c0, c1, c2, c3
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """The upper and lower 32 bits of products of unsigned 32-bit numbers, held in int64, whose overflow wraps."""
+    """The upper and the lower 32 bits of products of unsigned 32-bit numbers; int64 wraps where it overflows."""
     middle = (a >> 16) * b + (((a & 0xFFFF) * b) >> 16)
     return middle >> 16, (a * b) & 0xFFFFFFFF
