@@ -2,34 +2,76 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("reference", "torch")
+IMPLEMENTATIONS = ("reference", "torch", "triton")
+SMALL = 100_000  # elements of the output: below, starting a Triton kernel takes longer than torch's own launches
 
 
-def choose(operation: str, impl: str) -> str:
+def choose(operation: str, impl: str, x: Tensor, weight: Tensor) -> str:
     """Name the implementation of `operation` that runs: one of `IMPLEMENTATIONS`.
 
     Args:
         operation: name of the operation, for messages.
-        impl: ``"reference"`` (plain torch, the oracle), ``"torch"`` (memory-lean autograd on ATen calls) or ``"auto"``.
-            The environment variable ``PEFTLITE_IMPL`` replaces ``"auto"`` and nothing else.
+        impl: ``"reference"`` (plain torch, the oracle), ``"torch"`` (memory-lean autograd on ATen calls), ``"triton"``
+            (fused kernels) or ``"auto"``: Triton on a GPU where it is installed, has the dtypes, and there is enough to compute
+            to pay for its launches (always in compiled code and captured graphs); torch otherwise. The environment
+            variable ``PEFTLITE_IMPL`` replaces ``"auto"`` and nothing else.
+        x: the input, ``(..., in)``.
+        weight: ``(out, in)``.
 
     Raises:
-        ValueError: for a name that is none of these. An explicit request never falls back in silence.
+        ValueError: for a name that is none of these, or for Triton where it cannot run, saying why. An explicit
+            request never falls back in silence.
     """
     asked = f"impl={impl!r}"
+    automatic = False
     if impl == "auto":
-        impl = os.environ.get("PEFTLITE_IMPL", "torch")
+        impl = os.environ.get("PEFTLITE_IMPL", "")
         asked = f"PEFTLITE_IMPL={impl}"
+        automatic = not impl
+    if automatic:
+        return "triton" if _triton_pays(x, weight) else "torch"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"{operation}: {asked} was asked for, but its implementations are {', '.join(IMPLEMENTATIONS)}; "
             f"choose one of them, or 'auto'."
         )
+    if impl == "triton":
+        reason = triton_obstacle(x.device, compute_dtype(x), weight.dtype)
+        if reason:
+            raise ValueError(f"{operation}: {asked} was asked for, but {reason}; use impl='torch', or 'auto'.")
     return impl
+
+
+def _triton_pays(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != "cuda" or triton_obstacle(x.device, compute_dtype(x), weight.dtype):
+        return False
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return True
+    return x.numel() // x.shape[-1] * weight.shape[0] >= SMALL
+
+
+@torch.compiler.assume_constant_result
+def triton_obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot compute with `dtypes` on `device`, or None where they can."""
+    if not _triton_is_installed():
+        return "Triton is not installed (pip install triton)"
+    from peftlite.kernels.launch_triton import obstacle
+
+    return next(filter(None, (obstacle(device, dtype) for dtype in dtypes)), None)
+
+
+@cache
+def _triton_is_installed() -> bool:
+    try:
+        return find_spec("triton.language") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -55,7 +55,7 @@ def dora_linear(
         dropout_mode: ``"lowrank"`` drops on the low-rank path only (x̃ above). ``"peft"`` is Hugging Face PEFT's meaning,
             ``y = x Wᵀ + (g - 1) ⊙ (x̃ Wᵀ) + g ⊙ s (x̃ Aᵀ) Bᵀ + b``, at the price of a second product with W.
         norm_grad: differentiate through the norm too.
-        impl: ``"reference"``, ``"torch"`` or ``"auto"``.
+        impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
         ``(..., out)`` in the dtype of the computation.
@@ -71,8 +71,12 @@ def dora_linear(
     check_linear_shapes("dora_linear", x, weight, lora_a, lora_b, bias, magnitude)
     if dropout_mode not in ("lowrank", "peft"):
         raise ValueError(f"dora_linear: dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
-    implementation = choose("dora_linear", impl)
+    implementation = choose("dora_linear", impl, x, weight)
     x = x.to(compute_dtype(x))
+    if implementation == "triton" and (dropout_mode == "lowrank" or dropout == 0.0):
+        from peftlite.kernels.dora_linear_triton import dora_linear_triton
+
+        return dora_linear_triton(x, weight, bias, lora_a, lora_b, magnitude, scale, dropout, norm_grad)
     mask = draw_keep_mask(x, dropout)
     keep = 1.0 - dropout
     if mask is not None and dropout_mode == "peft":
@@ -248,12 +252,10 @@ class _DoRA(torch.autograd.Function):
         return _gradients(ctx, dora_backward, dy)
 
 
-def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of `dora_forward`'s arguments, by `run`: `dora_backward` or the operation made of it."""
-    if dy is None:
-        return (None,) * 10
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward pass saved; a `RuntimeError` that says what to do where the output was changed in place."""
     try:
-        x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = ctx.saved_tensors
+        return ctx.saved_tensors
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
@@ -262,6 +264,13 @@ def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) ->
             "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
             "y.mul_(...)). Use the out-of-place form of that operation."
         ) from error
+
+
+def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of `dora_forward`'s arguments, by `run`: `dora_backward` or the operation made of it."""
+    if dy is None:
+        return (None,) * 10
+    x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = saved_tensors(ctx)
     need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_m]
     options = (ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)

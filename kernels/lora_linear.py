@@ -40,7 +40,7 @@ def lora_linear(
         lora_b: ``(out, r)``.
         scale: the factor ``s``.
         dropout: probability of dropping an element of `x` on the low-rank path only; pass 0 in evaluation.
-        impl: ``"reference"``, ``"torch"`` or ``"auto"``.
+        impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
         ``(..., out)`` in the dtype of the computation.
@@ -55,8 +55,12 @@ def lora_linear(
                 [2.5000, 2.5000, 2.5000]])
     """
     check_linear_shapes("lora_linear", x, weight, lora_a, lora_b, bias)
-    implementation = choose("lora_linear", impl)
+    implementation = choose("lora_linear", impl, x, weight)
     x = x.to(compute_dtype(x))
+    if implementation == "triton":
+        from peftlite.kernels.lora_linear_triton import lora_linear_triton
+
+        return lora_linear_triton(x, weight, bias, lora_a, lora_b, scale, dropout)
     mask = draw_keep_mask(x, dropout)
     if implementation == "reference":
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, mask, 1.0 - dropout)

@@ -98,8 +98,8 @@ def pack_grouped(tables: Sequence[Table]) -> None:
     for table in tables:
         first = table.modules[0]
         dtype, rank = first.packed_a.dtype, first.packed_a.shape[0]
-        asked = {"arch": architecture(first.packed_a.device), "dtype": dtype, "rank": rank}
-        tile = config("pack", **asked, columns=table.most_columns, rows=table.most_rows)
+        arch = architecture(first.packed_a.device)
+        tile = config("pack", arch=arch, dtype=dtype, rank=rank, columns=table.most_columns, rows=table.most_rows)
         tiles = max(
             sum(triton.cdiv(count * rank, tile["BLOCK"]) for count in (m.packed_a.shape[1], m.packed_b.shape[0]))
             for m in table.modules

@@ -6,6 +6,7 @@ second kernel otherwise: the same bits either way.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -180,7 +181,7 @@ def row_norm_gain(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None
     split = tile["SPLIT"]
     parts = out if split == 1 else torch.empty(split, rows, dtype=torch.float32, device=weight.device)
     gained = out if magnitude is None else magnitude
-    flags = {"HAS_GAIN": magnitude is not None, "EPSILON": EPS}
+    flags: dict[str, Any] = {"HAS_GAIN": magnitude is not None, "EPSILON": EPS}
     launch(
         _row_norm_kernel,
         (triton.cdiv(rows, tile["BLOCK_N"]), split),

@@ -1,9 +1,11 @@
+import math
 import re
 
 import pytest
 import torch
 from oracles import NAMES, make_case
 
+from peftlite.kernels import dispatch
 from peftlite.kernels.dispatch import choose, compute_dtype, draw_keep_mask
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
@@ -16,20 +18,72 @@ def call(dora=False, needs=(), options=None, **replaced):
 
 
 def test_an_unknown_implementation_is_named_with_the_known_ones():
-    message = "lora_linear: impl='trition' was asked for, but its implementations are reference, torch; choose one of them"
+    message = "lora_linear: impl='trition' was asked for, but its implementations are reference, torch, triton; choose"
+    message += " one of them"
     with pytest.raises(ValueError, match=re.escape(message)):
         call(options={"impl": "trition"})
 
 
 def test_the_environment_replaces_auto_only(monkeypatch):
-    assert choose("op", "auto") == "torch"
+    tensors = (torch.ones(5, 7), torch.ones(3, 7))
+    assert choose("op", "auto", *tensors) == "torch"
     monkeypatch.setenv("PEFTLITE_IMPL", "reference")
-    assert choose("op", "auto") == "reference"
-    assert choose("op", "torch") == "torch"
+    assert choose("op", "auto", *tensors) == "reference"
+    assert choose("op", "torch", *tensors) == "torch"
     monkeypatch.setenv("PEFTLITE_IMPL", "fast")
-    assert choose("op", "torch") == "torch"
+    assert choose("op", "torch", *tensors) == "torch"
     with pytest.raises(ValueError, match=r"dora_linear: PEFTLITE_IMPL=fast was asked for.*reference, torch"):
         call(dora=True)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_triton_without_a_gpu_is_refused_with_the_reason(dora, monkeypatch):
+    message = "impl='triton' was asked for, but the kernels run on CUDA devices, and x is on cpu"
+    with pytest.raises(ValueError, match=f"{re.escape(message)}.*use impl='torch', or 'auto'"):
+        call(dora, options={"impl": "triton"})
+    monkeypatch.setenv("PEFTLITE_IMPL", "triton")
+    with pytest.raises(ValueError, match="PEFTLITE_IMPL=triton was asked for, but the kernels run on CUDA devices"):
+        call(dora)
+
+
+def test_triton_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_is_installed", lambda: False)
+    with pytest.raises(ValueError, match=r"but Triton is not installed \(pip install triton\); use impl='torch'"):
+        call(options={"impl": "triton"})
+
+
+def test_triton_for_a_dtype_that_it_lacks_is_refused():
+    with pytest.raises(ValueError, match="kernels compute in float32, float16 and bfloat16, and the computation is in float64"):
+        call(options={"impl": "triton"}, x=torch.ones(5, 7, dtype=torch.float64))
+
+
+class OnGPU:
+    """As much of a tensor on a GPU as the choice looks at."""
+
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def is_floating_point(self):
+        return True
+
+    def numel(self):
+        return math.prod(self.shape)
+
+
+def test_auto_takes_triton_on_a_gpu_where_it_pays(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weight = torch.empty(1000, 16, dtype=torch.bfloat16)
+    assert choose("op", "auto", OnGPU(2, 50, 16), weight) == "triton"
+    assert choose("op", "auto", OnGPU(1, 99, 16), weight) == "torch"
+    assert choose("op", "triton", OnGPU(1, 99, 16), weight) == "triton"
+    assert choose("op", "auto", OnGPU(2, 50, 16), weight.double()) == "torch"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose("op", "auto", OnGPU(1, 99, 16), weight) == "triton"
+    monkeypatch.setattr(dispatch, "_triton_is_installed", lambda: False)
+    assert choose("op", "auto", OnGPU(2, 50, 16), weight) == "torch"
 
 
 def test_the_environment_decides_what_runs(monkeypatch):

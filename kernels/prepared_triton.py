@@ -1,0 +1,91 @@
+"""Factors and gains that were prepared once for many forward passes, by whoever takes it on to say when they are stale.
+
+`peftlite.training.step_cache` is that owner: it prepares after each optimizer step. Nothing is guessed from versions of
+tensors, which fused optimizers and writes to ``.data`` do not raise. What is checked is cheap and certain: that the tensors
+stand where they stood.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from peftlite.kernels.pack_triton import pack_grouped, padded_rank
+from peftlite.kernels.row_norm_triton import row_norm_gain_grouped
+from peftlite.kernels.table_triton import Module, tables
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one adapted layer; `weight` and `magnitude` are None where there is no norm."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    weight: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    def place(self) -> tuple[object, ...]:
+        """Where the tensors stand in memory, and all else that the table holds."""
+        tensors = (self.lora_a, self.lora_b, self.weight, self.magnitude)
+        return (self.scale, *[None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors])
+
+
+class Prepared:
+    """Packed factors and gains of many layers in `dtype`, written by one launch of each kernel per kind of layer."""
+
+    def __init__(self, layers: Iterable[Layer], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = list(layers), dtype
+        self.places = [layer.place() for layer in self.layers]
+        self.modules = [self._module(layer) for layer in self.layers]
+        self.packing = tables(self.modules)
+        self.norms = tables([module for module in self.modules if module.weight is not None])
+        self.fresh = False
+
+    def _module(self, layer: Layer) -> Module:
+        a, b = layer.lora_a.detach(), layer.lora_b.detach()
+        rank, (rows, columns) = padded_rank(a.shape[0]), (b.shape[0], a.shape[1])
+        packed = a.new_empty(rank, columns, dtype=self.dtype), a.new_empty(rows, rank, dtype=self.dtype)
+        if layer.weight is None or layer.magnitude is None:
+            return Module(a, b, *packed, scale=layer.scale)
+        out = a.new_empty(2, rows, dtype=torch.float32)
+        return Module(a, b, *packed, layer.scale, layer.weight.detach(), layer.magnitude.detach(), out)
+
+    def moved(self) -> bool:
+        """Whether a tensor stands elsewhere than when the tables were built, as after ``model.to(...)``."""
+        return self.places != [layer.place() for layer in self.layers]
+
+    def refresh(self) -> None:
+        """Write packed factors and gains anew from what the layers hold now."""
+        pack_grouped(self.packing)
+        row_norm_gain_grouped(self.norms)
+        for module in self.modules:
+            # A backward pass that still waits for the former values must fail, not use these.
+            written = [module.packed_a, module.packed_b] + ([] if module.out is None else [module.out])
+            torch.autograd.graph.increment_version(written)
+        self.fresh = True
+
+
+_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def offer(preparation: Prepared) -> None:
+    """Let forward passes use `preparation` while it is fresh; its owner holds it, and letting it go withdraws it."""
+    for number, layer in enumerate(preparation.layers):
+        _owners[layer.lora_a] = (ref(preparation), number)
+
+
+def prepared(lora_a: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Packed A and B, and gains and norms of a layer with a norm, if somebody holds fresh ones for this layer and dtype."""
+    owner, number = _owners.get(lora_a, (None, 0)) if _owners else (None, 0)
+    preparation = owner() if owner is not None else None
+    if preparation is None or not preparation.fresh or preparation.dtype != dtype:
+        return None
+    layer = preparation.layers[number]
+    if layer.scale != scale or preparation.places[number] != layer.place():
+        return None
+    module = preparation.modules[number]
+    return module.packed_a, module.packed_b, module.out
