@@ -23,7 +23,8 @@ SEED = 0x1234_5678_9ABC_DEF
 )
 def test_bits_equal_the_torch_form(rows, columns, seed):
     mask = draw_mask(torch.tensor([seed]), rows, columns, 0.3)
-    assert mask.shape == (rows, -(-columns // 8)) and mask.dtype == torch.uint8
+    assert mask.shape == (rows, -(-columns // 8))
+    assert mask.dtype == torch.uint8
     assert torch.equal(unpack_mask(mask, columns), keep_mask_reference(seed, rows, columns, 0.3))
 
 
@@ -58,7 +59,8 @@ def test_as_many_are_dropped_as_asked(dropout):
 
 
 def test_probabilities_are_rounded_to_what_is_drawn():
-    assert drop_threshold(0.0) == 0 and keep_probability(0.0) == 1.0
+    assert drop_threshold(0.0) == 0
+    assert keep_probability(0.0) == 1.0
     assert keep_probability(0.5) == 0.5
     assert keep_probability(0.05) == 1 - 3277 / 65536
     assert keep_probability(1 - 1e-9) == 1 / 65536
@@ -75,7 +77,8 @@ def test_the_shrink_draws_the_same_bits(columns):
     expected = keep_mask_reference(SEED, rows, columns, 0.4)
     assert torch.equal(unpack_mask(drawn, columns), expected)
     again, same = row_shrink([x], [a], [1.0], by_rank=True, mask=drawn)
-    assert same is drawn and torch.equal(again, h)
+    assert same is drawn
+    assert torch.equal(again, h)
     assert torch.equal(h, row_shrink([x * expected], [a], [1.0], by_rank=True)[0])
 
 

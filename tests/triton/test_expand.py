@@ -9,7 +9,7 @@ from peftlite.kernels.expand_triton import expand_
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 8, 16), (7, 72, 16), (33, 100, 32), (75, 257, 48), (129, 100, 64)]  # rows, columns, padded rank
-GUARDS_BY_FORM = ("plain", "bias", "gain", "gain and bias", "bias inside", "mask")
+FORMS = ("plain", "bias", "gain", "gain and bias", "bias inside", "mask")
 
 
 def operands(rows, columns, rank, dtype, by_rank, guards, misaligned=False):
@@ -24,7 +24,7 @@ def product(v, p, by_rank):
     return v.double() @ (p.double() if by_rank else p.double().T)
 
 
-@pytest.mark.parametrize("form", GUARDS_BY_FORM)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns", "rank"), SHAPES)
 def test_against_fp64(rows, columns, rank, dtype, form):
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_said():
     y, v, a = torch.randn(5, 9), torch.randn(5, 16), torch.randn(16, 9)
     with pytest.raises(ValueError, match=r"y of shape \(5, 9\) and v of shape \(5, 17\) for 1 y do not fit p of shape"):
         expand_([y], torch.randn(5, 17), [a], [1.0], by_rank=True)
-    with pytest.raises(ValueError, match="bias_inside .* give gains and biases"):
+    with pytest.raises(ValueError, match=r"bias_inside .* give gains and biases"):
         expand_([y], v, [a], [1.0], by_rank=True, biases=[torch.randn(9)], bias_inside=True)
     with pytest.raises(ValueError, match=r"expand_: y must have 9 rows with stride\(-1\) = 1"):
         expand_([y.T], v, [a], [1.0], by_rank=True)

@@ -40,7 +40,8 @@ def test_against_fp64(rows, columns, rank, dtype, by_rank, guarded_outputs):
     x = guarded_outputs.copy(torch.randn(rows, columns).to(dtype))
     p = factor(columns, rank - 5, rank, dtype, by_rank, guarded_outputs)
     h, mask = row_shrink([x], [p], [0.7], by_rank=by_rank)
-    assert mask is None and h.dtype == dtype
+    assert mask is None
+    assert h.dtype == dtype
     assert (h[:, rank - 5 :] == 0).all()
     assert_rounded("h", h, exact(x, p, 0.7, by_rank))
 
@@ -106,19 +107,22 @@ def test_repeated_launches_are_equal_and_nan_is_kept():
     assert torch.equal(row_shrink([x], [a], [1.0], by_rank=True)[0], first)
     x[5, 7] = torch.nan
     h = row_shrink([x], [a], [1.0], by_rank=True)[0]
-    assert h[5].isnan().all() and not h[[4, 6]].isnan().any()
+    assert h[5].isnan().all()
+    assert not h[[4, 6]].isnan().any()
 
 
 def test_no_rows():
-    h, mask = row_shrink([torch.randn(0, 9)], [torch.randn(16, 9)], [1.0], by_rank=True, seed=torch.tensor([1]), dropout=0.1)
-    assert h.shape == (0, 16) and mask.shape == (0, 2)
+    x, a, seed = torch.randn(0, 9), torch.randn(16, 9), torch.tensor([1])
+    h, mask = row_shrink([x], [a], [1.0], by_rank=True, seed=seed, dropout=0.1)
+    assert h.shape == (0, 16)
+    assert mask.shape == (0, 2)
 
 
 def test_what_does_not_fit_is_said():
     x, a = torch.randn(5, 9), torch.randn(16, 9)
     with pytest.raises(ValueError, match=r"x of shape \(5, 9\) does not fit p of shape \(9, 16\) \(by_rank=True\)"):
         row_shrink([x], [a.T.contiguous()], [1.0], by_rank=True)
-    with pytest.raises(ValueError, match=r"row_shrink: x must have 9 rows with stride\(-1\) = 1, got shape .* strides \(1, 9\)"):
+    with pytest.raises(ValueError, match=r"x must have 9 rows with stride\(-1\) = 1, got shape .* strides \(1, 9\)"):
         row_shrink([x.T], [a], [1.0], by_rank=True)
     with pytest.raises(ValueError, match="a dropout mask belongs to one x, got 2"):
         row_shrink([x, x], [a, a], [1.0, 1.0], by_rank=True, seed=torch.tensor([1]), dropout=0.1)
