@@ -4,7 +4,7 @@ The shapes come from the table of configurations (a rank, a width and a batch on
 are those that change a kernel: bias, dropout, exact norm, an x without a gradient, rows off 16-byte borders.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from peftlite.kernels import configs
 from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.dropout_triton import draw_mask
 from peftlite.kernels.launch_triton import Launch, recording
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.kernels.prepared_triton import Layer, Prepared
 
-LARGE = {"rank": 384, "columns": 4096, "rows": 8192}  # beyond every bound that the table makes
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+LARGE = {"rank": 384, "columns": 4096, "rows": 8192}  # at least; more where a bound of the table reaches that far
 
 
 class Variant(NamedTuple):
@@ -31,7 +32,10 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """One forward and backward pass of an operation on tensors without values."""
+    """One forward and backward pass of `operation` on tensors without values.
+
+    Besides ``"lora"`` and ``"dora"`` there are ``"prepare"``, what a step prepares for many layers, and ``"mask"``.
+    """
 
     operation: str
     dtype: torch.dtype
@@ -65,6 +69,9 @@ class Scenario:
         def empty(*shape: int, dtype: torch.dtype = self.dtype, grad: bool = False) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
+        if self.operation == "mask":
+            draw_mask(empty(1, dtype=torch.int64), self.rows, self.in_features, 0.05)
+            return
         x, weight = empty(self.rows, self.in_features, grad=self.x_grad), empty(self.out_features, self.in_features)
         bias = empty(self.out_features) if self.bias else None
         a = empty(self.rank, self.in_features, dtype=torch.float32, grad=True)
@@ -74,42 +81,52 @@ class Scenario:
             y = lora_linear(x, weight, bias, a, b, 2.0, **options)
         else:
             magnitude = empty(self.out_features, dtype=torch.float32, grad=True)
+            if self.operation == "prepare":
+                Prepared([Layer(a, b, 2.0, weight, magnitude)], self.dtype).refresh()
+                return
             y = dora_linear(x, weight, bias, a, b, magnitude, 2.0, norm_grad=self.norm_grad, **options)
         y.backward(empty(*y.shape))
 
 
 def _around(bound: str) -> list[int]:
     """Each value of `bound` in the table, and one beyond them."""
-    table = configs.read(configs.BUILT_IN)
-    values = {e["when"][bound] for entries in table.values() for e in entries if bound in e["when"] and e["use"]}
-    return [*sorted(value for value in values if value < LARGE[bound]), LARGE[bound]]
+    entries = [entry for listed in configs.read(configs.BUILT_IN).values() for entry in listed]
+    values = sorted({entry["when"][bound] for entry in entries if bound in entry["when"]})
+    return [*values, max([LARGE[bound], *(2 * value for value in values)])]
 
 
-def scenarios() -> Iterator[Scenario]:
-    """Every pass whose launches differ; the options are crossed with all shapes in bf16, with fewer in the other dtypes."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rank in _around("rank"):
-            for rows in _around("rows"):
-                for columns in _around("columns"):
-                    shape = (dtype, rows, columns, columns, rank)
-                    yield Scenario("dora", *shape)
-                    yield Scenario("lora", *shape, dropout=0.05)
-                    yield Scenario("dora", *shape, dropout=0.05)
-        large = (dtype, *(LARGE[name] for name in ("rows", "columns", "columns")))
-        for rank in (16, LARGE["rank"]) if dtype == torch.bfloat16 else (16,):
-            yield Scenario("lora", *large, rank)
-            yield Scenario("dora", *large, rank, bias=False)
-            yield Scenario("dora", *large, rank, x_grad=False)
-            yield Scenario("lora", *large, rank, x_grad=False, dropout=0.05)
-            yield Scenario("dora", *large, rank, norm_grad=True)
-        yield Scenario("dora", dtype, 33, 100, 77, 3, dropout=0.05)
+def scenarios(dtypes: Sequence[torch.dtype]) -> Iterator[Scenario]:
+    """Every pass whose launches differ: all shapes in the dtypes that have tiles of their own, all options for one shape.
+
+    fp16 differs from bf16 in the name of a type alone, so that the least and the greatest rank will do there.
+    """
+    ranks, rows, columns = (_around(name) for name in ("rank", "rows", "columns"))
+    for dtype in dtypes:
+        own = dtype != torch.float16
+        for rank in ranks if own else (ranks[0], ranks[-1]):
+            for m in rows:
+                for c in columns if own else columns[-1:]:
+                    yield Scenario("dora", dtype, m, c, c, rank)
+            yield Scenario("lora", dtype, rows[-1], columns[-1], columns[-1], rank, dropout=0.05)
+            yield Scenario("dora", dtype, rows[-1], columns[-1], columns[-1], rank, dropout=0.05)
+        for rank in (ranks[0], ranks[-1]) if own else ():
+            large = (dtype, rows[-1], columns[-1], columns[-1], rank)
+            yield Scenario("lora", *large)
+            yield Scenario("dora", *large, bias=False)
+            yield Scenario("dora", *large, x_grad=False)
+            yield Scenario("lora", *large, x_grad=False, dropout=0.05)
+            yield Scenario("dora", *large, norm_grad=True)
+        if own:
+            yield Scenario("dora", dtype, 33, 100, 77, 3, dropout=0.05)
+            yield Scenario("prepare", dtype, 1, columns[-1], columns[-1], ranks[0])
+            yield Scenario("mask", dtype, rows[-1], columns[-1], columns[-1], ranks[0])
 
 
 class Record(NamedTuple):
     """What all scenarios launch on an architecture, and the entries of the table of configurations that none looked up."""
 
     variants: list[Variant]
-    uncovered: list[str]
+    uncovered: set[str]
 
 
 def launched(scenario: Scenario, architecture: str) -> list[Variant]:
@@ -121,7 +138,8 @@ def launched(scenario: Scenario, architecture: str) -> list[Variant]:
 
 
 def record(architecture: str) -> Record:
-    """Every launch of every scenario on `architecture`, repeated ones included."""
+    """Every launch of every scenario on `architecture`, repeated ones included; on gfx in bf16 alone, for information."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if architecture.startswith("sm_") else (torch.bfloat16,)
     looked_up: set[int] = set()
     look_up: Callable[..., dict[str, int]] = configs._config
 
@@ -132,13 +150,12 @@ def record(architecture: str) -> Record:
 
     configs._config = noted  # type: ignore[assignment]
     try:
-        found = [variant for scenario in scenarios() for variant in launched(scenario, architecture)]
+        found = [variant for scenario in scenarios(dtypes) for variant in launched(scenario, architecture)]
     finally:
         configs._config = look_up  # type: ignore[assignment]
-    missed = []
+    missed = set()
     for kernel, entries in configs.read(configs.BUILT_IN).items():
         for number, entry in enumerate(entries):
-            names = entry["when"].get("arch", architecture)
-            if architecture in ([names] if isinstance(names, str) else names) and id(entry["use"]) not in looked_up:
-                missed.append(f"entry {number} of {kernel} on {architecture}: {entry['when']}")
+            if id(entry["use"]) not in looked_up and entry["when"].get("arch") != "interpreter":
+                missed.add(f"entry {number} of {kernel}: {entry['when']}")
     return Record(found, missed)
