@@ -142,7 +142,7 @@ class _Watched(NamedTuple):
 
     def access(self) -> Access:
         size, numel = self.tensor.element_size(), self.tensor.numel()
-        covered = np.count_nonzero(self.loads) / numel if numel else 0.0
+        covered = int(np.count_nonzero(self.loads)) / numel if numel else 0.0
         most = int(self.loads.max(initial=0))
         return Access(self.name, numel, int(self.loads.sum()) * size, int(self.stores.sum()) * size, most, covered)
 
@@ -181,6 +181,7 @@ class _KernelMeter:
         finally:
             self.aten.paused = False
         self.transfers.append(Transfer(name, tuple(watched.access() for watched in self.watched)))
+        self.watched = []  # autograd copies a gradient that somebody else still holds
 
 
 @contextmanager

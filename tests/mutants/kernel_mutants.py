@@ -27,7 +27,7 @@ class Mutant(NamedTuple):
 EXPAND = ("tests/triton/test_expand.py", "-k", "75-257 and dtype1")
 SHRINK = ("tests/triton/test_row_shrink.py", "-k", "against_fp64 and 33-100 and dtype1")
 GROUPS = ("tests/triton/test_row_shrink.py", "-k", "groups_equal and 2")
-NORM = ("tests/triton/test_row_norm_kernel.py", "-k", "ranks_beyond")
+NORM = ("tests/triton/test_row_norm_kernel.py", "-k", "norm_and_gain and dtype0 and stored0 or rows_that_cancel")
 
 MUTANTS = (
     Mutant(
