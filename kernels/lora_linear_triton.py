@@ -51,7 +51,9 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def rows_side_by_side(x: Tensor) -> Tensor:
     """`x`, copied only where neighbouring columns are not neighbours in memory."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # empty tensors too, which `contiguous` leaves as they are
 
 
 def low_rank_forward(

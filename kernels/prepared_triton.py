@@ -1,8 +1,8 @@
 """Factors and gains that were prepared once for many forward passes, by whoever takes it on to say when they are stale.
 
-`peftlite.training.step_cache` is that owner: it prepares after each optimizer step. Nothing is guessed from versions of
-tensors, which fused optimizers and writes to ``.data`` do not raise. What is checked is cheap and certain: that the tensors
-stand where they stood.
+`peftlite.training.step_cache` is that owner: it prepares after each optimizer step. It must, because versions of tensors
+are not raised by fused optimizers and by writes to ``.data``. What can be seen is checked all the same: a tensor that
+stands elsewhere, or whose version is higher, is not what was prepared.
 """
 
 from collections.abc import Iterable
@@ -29,9 +29,16 @@ class Layer:
     magnitude: Tensor | None = None
 
     def place(self) -> tuple[object, ...]:
-        """Where the tensors stand in memory, and all else that the table holds."""
-        tensors = (self.lora_a, self.lora_b, self.weight, self.magnitude)
-        return (self.scale, *[None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors])
+        """Where the tensors stand in memory, and all else that the tables hold."""
+        return (self.scale, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self.tensors()])
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [t for t in (self.lora_a, self.lora_b, self.weight, self.magnitude) if t is not None]
+
+    def versions(self) -> list[int]:
+        """Counters that most writes raise, though not all: higher ones prove a write, equal ones prove nothing."""
+        return [t._version for t in self.tensors()]
 
 
 class Prepared:
@@ -39,11 +46,15 @@ class Prepared:
 
     def __init__(self, layers: Iterable[Layer], dtype: torch.dtype) -> None:
         self.layers, self.dtype = list(layers), dtype
+        self.fresh = False
+        self._build()
+
+    def _build(self) -> None:
         self.places = [layer.place() for layer in self.layers]
+        self.versions = [layer.versions() for layer in self.layers]
         self.modules = [self._module(layer) for layer in self.layers]
         self.packing = tables(self.modules)
         self.norms = tables([module for module in self.modules if module.weight is not None])
-        self.fresh = False
 
     def _module(self, layer: Layer) -> Module:
         a, b = layer.lora_a.detach(), layer.lora_b.detach()
@@ -54,12 +65,11 @@ class Prepared:
         out = a.new_empty(2, rows, dtype=torch.float32)
         return Module(a, b, *packed, layer.scale, layer.weight.detach(), layer.magnitude.detach(), out)
 
-    def moved(self) -> bool:
-        """Whether a tensor stands elsewhere than when the tables were built, as after ``model.to(...)``."""
-        return self.places != [layer.place() for layer in self.layers]
-
     def refresh(self) -> None:
         """Write packed factors and gains anew from what the layers hold now."""
+        if self.places != [layer.place() for layer in self.layers]:  # as after model.to(...)
+            self._build()
+        self.versions = [layer.versions() for layer in self.layers]
         pack_grouped(self.packing)
         row_norm_gain_grouped(self.norms)
         for module in self.modules:
@@ -85,7 +95,8 @@ def prepared(lora_a: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, 
     if preparation is None or not preparation.fresh or preparation.dtype != dtype:
         return None
     layer = preparation.layers[number]
-    if layer.scale != scale or preparation.places[number] != layer.place():
+    known = (scale, preparation.places[number], preparation.versions[number])
+    if known != (layer.scale, layer.place(), layer.versions()):
         return None
     module = preparation.modules[number]
     return module.packed_a, module.packed_b, module.out

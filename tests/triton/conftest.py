@@ -3,16 +3,54 @@
 Here ``test_interpreter.py`` starts that process. By hand: ``TRITON_INTERPRET=1 python -m pytest tests/triton``.
 """
 
+import importlib
+import math
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DRIVER = "test_interpreter.py"
 
 collect_ignore = [DRIVER] if INTERPRETED else []
 collect_ignore_glob = [] if INTERPRETED else [name for name in os.listdir(os.path.dirname(__file__)) if name != DRIVER]
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # for the oracles of the operations
+
+
+class _PoisonedTorch:
+    """`torch`, except that memory which nobody has written holds NaN, or the largest integer."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*args, **kwargs):
+        return poison(torch.empty(*args, **kwargs))
+
+    @staticmethod
+    def empty_like(*args, **kwargs):
+        return poison(torch.empty_like(*args, **kwargs))
+
+
+def poison(tensor):
+    return tensor.fill_(math.nan if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Let operations and launch functions allocate NaN, so that an element which a kernel forgets to write shows."""
+    new_empty = torch.Tensor.new_empty
+    steps = ("pack", "row_norm", "row_shrink", "col_shrink", "col_finish", "expand", "dropout")
+    for name in ("lora_linear", "dora_linear", *steps):
+        module = importlib.import_module(f"peftlite.kernels.{name}_triton")
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", _PoisonedTorch())
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""T2 in the interpreter against fp64: gradients of both factors, D, the sums of columns, and columns whose dm is computed again."""
+"""T2 in the interpreter against fp64: gradients of both factors, D, sums of columns, columns whose dm is computed again."""
 
 import pytest
 import torch
