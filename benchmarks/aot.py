@@ -30,7 +30,8 @@ from benchmarks.machine_code import ARCHITECTURES, REGISTER_FILE, Job, compile_j
 from benchmarks.tables import aot_table
 
 VALUE_PER_COLUMN = ("_finish_columns_kernel",)  # reads vectors of 16-bit numbers, one per column, beside its streams
-HOPPER = ("_row_norm_kernel", "_row_norm_grouped_kernel", "_row_shrink_kernel", "_col_shrink_kernel")  # must use the tensor cores of sm_90 in bf16
+# They must use Hopper's own tensor cores in bf16.
+HOPPER = ("_row_norm_kernel", "_row_norm_grouped_kernel", "_row_shrink_kernel", "_col_shrink_kernel")
 WRITE_EVERY = 25  # compilations between two writings of the result file
 
 
@@ -145,8 +146,8 @@ def compile_all(planned: Sequence[Planned], *, path: Path, fresh: bool, workers:
     with tqdm(total=len(planned), initial=len(entries), unit="variant", desc="compile") as bar:
         if _planned:
             with multiprocessing.get_context("fork").Pool(workers) as pool:
-                for done, (item, entry) in enumerate(zip(_planned, pool.imap(_compile, range(len(_planned)))), start=1):
-                    entries[item.job.identity] = entry
+                for done, entry in enumerate(pool.imap(_compile, range(len(_planned))), start=1):
+                    entries[_planned[done - 1].job.identity] = entry
                     bar.update()
                     if done % WRITE_EVERY == 0:
                         write()

@@ -10,6 +10,7 @@ from a CUDA graph. Nothing is timed before it has been checked.
 
 import argparse
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     odd: Sequence[tuple[int, int, int, int]]  # rows, in, out, rank of the checks
     timed: Sequence[tuple[int, int, int, int]]
     rounds: int
+    warmup: int
     width: int
     layers: int
     batch: tuple[int, int]
@@ -47,9 +49,16 @@ class Plan(NamedTuple):
 
 REAL = Plan(
     odd=[(1, 64, 72, 3), (129, 100, 257, 16), (75, 768, 768, 8), (513, 1024, 768, 64), (256, 512, 640, 100)],
-    timed=[(1024, 768, 768, 8), (4096, 768, 3072, 8), (4096, 3072, 768, 8), (8192, 4096, 4096, 16), (8192, 4096, 4096, 64)]
-    + [(2048, 8192, 8192, 384)],
+    timed=[
+        (1024, 768, 768, 8),
+        (4096, 768, 3072, 8),
+        (4096, 3072, 768, 8),
+        (8192, 4096, 4096, 16),
+        (8192, 4096, 4096, 64),
+        (2048, 8192, 8192, 384),
+    ],
     rounds=30,
+    warmup=3,
     width=768,
     layers=12,
     batch=(8, 128),
@@ -57,7 +66,15 @@ REAL = Plan(
     flush=FLUSH,
 )
 REHEARSED = Plan(
-    odd=[(7, 40, 33, 3)], timed=[(16, 32, 48, 4)], rounds=2, width=32, layers=1, batch=(2, 8), backend="eager", flush=4096
+    odd=[(7, 40, 33, 3)],
+    timed=[(16, 32, 48, 4)],
+    rounds=1,
+    warmup=0,
+    width=32,
+    layers=1,
+    batch=(2, 8),
+    backend="eager",
+    flush=4096,
 )
 
 
@@ -92,7 +109,8 @@ def check(plan: Plan, device: torch.device) -> list[Check]:
     ]
     cases += [Case("dora", *plan.odd[-1], FULL, norm_grad=True)]
     rows, in_features, out_features, rank = plan.odd[0]
-    dropped = [Case(operation, 64 * rows, in_features, out_features, rank, FULL, dropout=0.25) for operation in ("lora", "dora")]
+    shape = (64 * rows, in_features, out_features, rank)
+    dropped = [Case(operation, *shape, FULL, dropout=0.25) for operation in ("lora", "dora")]
     with tqdm(total=len(cases) + 2 * len(dropped) + 2, desc="check", unit="case") as bar:
         for case in cases:
             checks += correctness(case, device)
@@ -152,7 +170,7 @@ def time_layers(plan: Plan, device: torch.device) -> dict[str, Any]:
         work = {
             name: (lambda step=step: clock(step)) for name, step in steps(case, device, backend=plan.backend).items()
         }
-        samples = interleaved(work, rounds=plan.rounds, warmup=3)
+        samples = interleaved(work, rounds=plan.rounds, warmup=plan.warmup)
         figures[str(case)] = {
             "ms": {name: spread(taken) for name, taken in samples.items()},
             "relative to triton": {name: ratios(taken, samples["triton"]) for name, taken in samples.items()},
@@ -210,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = Path(tempfile.gettempdir()) / "peftlite-gpu-rehearsal.json" if options.rehearse else RESULTS / "gpu.json"
     output = options.output or default
     facts = machine(device.type) | {"triton": triton.__version__, "rehearsal": options.rehearse}
+    os.environ["PEFTLITE_IMPL"] = "triton"  # also for layers so small that ATen calls would be chosen
     try:
         figures = run(REHEARSED if options.rehearse else REAL, device)
     except RedGateError as error:

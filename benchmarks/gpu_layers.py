@@ -67,7 +67,7 @@ class Tensors:
 
 
 def tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
-    """Tensors of `case`, the same on every device; factors and magnitude in fp32 as optimizers want them, none of them at birth."""
+    """Tensors of `case`, the same on every device; factors and magnitude in fp32, none of them at birth."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int, size: float = 1.0, dtype: torch.dtype = case.dtype, grad: bool = False) -> Tensor:

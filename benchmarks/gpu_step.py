@@ -81,7 +81,8 @@ def graph_replay(
 
     def step(method: str) -> Step:
         model = copy.deepcopy(base)
-        return Step(peftlite.inject_adapters(model, "all-linear", 8, method=method, seed=0).to(device), (ids, torch.ones_like(ids)))
+        peftlite.inject_adapters(model, "all-linear", 8, method=method, seed=0).to(device)
+        return Step(model, (ids, torch.ones_like(ids)))
 
     eager, recorded = step("dora"), step("dora")
     warmup, followed = 3, 3

@@ -129,8 +129,8 @@ def specialise(
 def compile_job(job: Job) -> dict[str, Any]:
     """Compile `job`; its figures: registers, bytes of shared, stack and local memory, counts of instructions.
 
-    Those of `_SASS`, ``sqrt`` and ``div`` as sorted lists of the floating-point PTX forms that occur, and ``dots``, the number of
-    products in Triton's intermediate form.
+    Those of `_SASS`, ``sqrt`` and ``div`` as sorted lists of the floating-point PTX forms that occur, and ``dots``, the
+    number of products in Triton's intermediate form.
     """
     architecture = ARCHITECTURES[job.architecture]
     source = ASTSource(

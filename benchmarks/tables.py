@@ -42,7 +42,8 @@ def aot_table(entries: Sequence[Mapping[str, Any]], *, long: bool = False) -> st
     A line over several variants shows the greatest number where little is good, and the smallest of those variants that
     have any where much is good.
     """
-    worst = {"registers": "regs", "shared": "shared B", "stack": "stack", "spills": "spills", "loads_16": "LDG.16", "loads_8": "LDG.8"}
+    worst = {"registers": "regs", "shared": "shared B", "stack": "stack", "spills": "spills"}
+    worst |= {"loads_16": "LDG.16", "loads_8": "LDG.8"}
     least = {"hmma": "HMMA", "hgmma": "HGMMA", "tcgen05": "tcgen05", "wide_loads": "LDG.128"}
     lines = [
         f"{'kernel':32}{'target':>8}{'dtype':>10}{'variants':>9}"

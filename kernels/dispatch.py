@@ -4,6 +4,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,3 +149,17 @@ def draw_keep_mask(x: Tensor, dropout: float) -> Tensor | None:
     if dropout == 0.0:
         return None
     return torch.rand(x.shape, device=x.device) >= dropout
+
+
+def saved_tensors(operation: str, ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward pass saved; a `RuntimeError` that says what to do where the output was changed in place."""
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{operation}: a tensor that its backward pass needs was changed in place after the forward pass, most "
+            "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
+            "y.mul_(...)). Use the out-of-place form of that operation."
+        ) from error

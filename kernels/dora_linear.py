@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, draw_keep_mask, without_autocast
+from peftlite.kernels.dispatch import (
+    check_linear_shapes,
+    choose,
+    compute_dtype,
+    draw_keep_mask,
+    saved_tensors,
+    without_autocast,
+)
 from peftlite.kernels.lora_linear import lora_linear, lora_linear_reference, low_rank_backward, low_rank_forward
 from peftlite.kernels.row_norm import accumulation_dtype, inverse_norm_gradients, row_blocks, row_norm
 
@@ -41,7 +48,7 @@ def dora_linear(
 
     The norm is a constant of the graph, as in §4.3 of the paper, unless `norm_grad` asks for the exact gradient. Norm and
     gain are fp32 at least, whatever the dtype of the computation; the bias stands outside the gain. With ``m = ‖W‖_row``
-    as `row_norm` computes it and ``B = 0`` the gain is exactly 1 and y exactly ``x Wᵀ + b``.
+    as `row_norm` computes it and ``B = 0`` the gain is exactly 1 (with Triton: but for an ulp) and y ``x Wᵀ + b``.
 
     Args:
         x: ``(..., in)``.
@@ -75,7 +82,6 @@ def dora_linear(
     x = x.to(compute_dtype(x))
     if implementation == "triton" and (dropout_mode == "lowrank" or dropout == 0.0):
         from peftlite.kernels.dora_linear_triton import dora_linear_triton
-
         return dora_linear_triton(x, weight, bias, lora_a, lora_b, magnitude, scale, dropout, norm_grad)
     mask = draw_keep_mask(x, dropout)
     keep = 1.0 - dropout
@@ -89,7 +95,6 @@ def dora_linear(
         return dora_linear_reference(x, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
     rows = x.reshape(-1, x.shape[-1])
     mask = None if mask is None else mask.reshape(rows.shape)
-    # See lora_linear on why compiled and eager code differ here.
     run = _forward_op if torch.compiler.is_compiling() else _DoRA.apply
     y, *_ = run(rows, weight, bias, lora_a, lora_b, magnitude, scale, mask, keep, norm_grad)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -252,25 +257,11 @@ class _DoRA(torch.autograd.Function):
         return _gradients(ctx, dora_backward, dy)
 
 
-def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
-    """What the forward pass saved; a `RuntimeError` that says what to do where the output was changed in place."""
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "dora_linear: a tensor that its backward pass needs was changed in place after the forward pass, most "
-            "likely the layer's output by the operation that follows it (nn.ReLU(inplace=True), y += ..., "
-            "y.mul_(...)). Use the out-of-place form of that operation."
-        ) from error
-
-
 def _gradients(ctx: Any, run: Callable[..., list[Tensor]], dy: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of `dora_forward`'s arguments, by `run`: `dora_backward` or the operation made of it."""
     if dy is None:
         return (None,) * 10
-    x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = saved_tensors(ctx)
+    x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, mask = saved_tensors("dora_linear", ctx)
     need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_m]
     options = (ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peftlite.kernels.col_shrink_triton import Magnitudes, col_shrink
-from peftlite.kernels.dispatch import without_autocast
-from peftlite.kernels.dora_linear import saved_tensors
+from peftlite.kernels.dispatch import saved_tensors, without_autocast
 from peftlite.kernels.expand_triton import expand_
 from peftlite.kernels.lora_linear_triton import (
     LARGE_RANK,
@@ -215,7 +214,7 @@ class _DoRA(torch.autograd.Function):
 def _gradients(ctx: Any, run: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
-    *tensors, mask = saved_tensors(ctx)
+    *tensors, mask = saved_tensors("dora_linear", ctx)
     need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
     needs = [need_x, need_bias, need_a, need_b, need_m]
     options = (mask if ctx.dropout > 0 else None, ctx.scale, ctx.dropout, ctx.norm_grad, needs)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peftlite.kernels.col_shrink_triton import col_shrink
-from peftlite.kernels.dispatch import without_autocast
+from peftlite.kernels.dispatch import saved_tensors, without_autocast
 from peftlite.kernels.dropout_triton import keep_probability
 from peftlite.kernels.expand_triton import expand_
 from peftlite.kernels.pack_triton import pack_adapters, padded_rank
@@ -189,7 +189,7 @@ def _gradients(ctx: Any, run: Any, dy: Tensor | None) -> tuple[Tensor | None, ..
         return (None,) * 10
     need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
     needs = [need_x, need_bias, need_a, need_b]
-    *tensors, mask = ctx.saved_tensors
+    *tensors, mask = saved_tensors("lora_linear", ctx)
     grads = iter(run(dy, *tensors, mask if ctx.dropout > 0 else None, ctx.scale, ctx.dropout, needs))
     dx, dbias, da, db = (next(grads) if need else None for need in needs)
     return dx, None, dbias, da, db, *(None,) * 5

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / "peftlite"
 FLOORS: list[tuple[str, ...]] = [
     ("kernels.dispatch", "_version"),
     ("kernels",),
-    ("adapter", "quantization"),
+    ("adapter", "quantization", "tune"),
     ("methods.*",),
     ("methods",),
     ("targets",),

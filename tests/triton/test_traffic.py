@@ -53,7 +53,7 @@ def test_the_meter_sees_strided_tensors_for_what_they_are():
 def test_the_meter_refuses_what_lies_past_the_end():
     assert issubclass(StrayAccessError, AssertionError)
     source, target = torch.randn(40)[:20], torch.empty(20)
-    with pytest.raises(Exception, match="_copy_kernel loads from 4 addresses outside of its tensors.*correct its mask"):
+    with pytest.raises(Exception, match=r"_copy_kernel loads from 4 addresses outside of its tensors.*correct its mask"):
         traffic(lambda: _copy_kernel[(2,)](source, target, 20, BLOCK=16, REACH=4))
     assert not traffic(lambda: torch.empty(3)), "afterwards the interpreter is as it was"
 
