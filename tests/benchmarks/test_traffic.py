@@ -51,8 +51,12 @@ class Net(nn.Module):
         return self.lin(x)
 
 
-@pytest.mark.parametrize(("dora", "forward", "backward"), [(False, 7, 5), (True, 16, 20)], ids=["LoRA", "DoRA"])
-def test_passes_of_peft(dora: bool, forward: int, backward: int) -> None:
+@pytest.mark.parametrize(
+    ("dora", "forward", "backward", "launches"),
+    [(False, 7, 5, (5, 7)), (True, 16, 20, (17, 16))],
+    ids=["LoRA", "DoRA"],
+)
+def test_passes_of_peft(dora: bool, forward: int, backward: int, launches: tuple[int, int]) -> None:
     """What the fused operations are compared with, all in bf16, without dropout, x with a gradient."""
     in_features = 48
     config = peft.LoraConfig(r=RANK, target_modules=["lin"], use_dora=dora)
@@ -64,3 +68,4 @@ def test_passes_of_peft(dora: bool, forward: int, backward: int) -> None:
     back = aten_traffic(lambda: outputs[0].backward(upstream))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert (passes(there, ROWS * COLUMNS, 2), passes(back, ROWS * COLUMNS, 2)) == (forward, backward)
+    assert (len(there), len(back)) == launches

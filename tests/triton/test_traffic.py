@@ -11,6 +11,7 @@ from peftlite.kernels.col_finish_triton import Magnitudes
 from peftlite.kernels.col_shrink_triton import col_shrink
 from peftlite.kernels.configs import config
 from peftlite.kernels.expand_triton import expand_
+from peftlite.kernels.row_norm_triton import row_norm_gain
 from peftlite.kernels.row_shrink_triton import row_shrink
 
 # Sizes off the tiles' borders, whose products with one another are all different.
@@ -60,6 +61,17 @@ def test_the_meter_refuses_what_lies_past_the_end():
 
 def make(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape).to(dtype)
+
+
+@DTYPES
+def test_row_norm_reads_w_once(dtype):
+    w, a, b = make(OUT, IN, dtype=dtype), make(RANK, IN, dtype=dtype), make(OUT, RANK, dtype=dtype)
+    t0 = one(traffic(lambda: row_norm_gain(w, a, b, torch.rand(OUT), 1.0)), "_row_norm_kernel")
+    weight = t0.named("weight")
+    assert (weight.read, weight.revisits, weight.covered) == (w.nbytes, 1, 1.0)
+    assert t0.named("parts").written == 4 * config(
+        "row_norm", arch="interpreter", dtype=dtype, rank=RANK, columns=IN, rows=OUT
+    )["SPLIT"] * OUT
 
 
 @DTYPES
