@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test docs clean
+.PHONY: help demo test aot docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,7 @@ times_show = @echo; echo 'Stages:'; cat $(TIMES)
 help:
 	@echo 'make demo   set up .venv, train minBERT with adapters on the sample data, write runs/demo-<time>/report.html'
 	@echo 'make test   set up .venv, run the gate: ruff, mypy, pytest, Sphinx with warnings as errors, doctest'
+	@echo 'make aot    set up .venv, compile every Triton kernel for GPUs that are not there, judge the machine code (minutes)'
 	@echo 'make docs   set up .venv, build the pages into docs/_build/html'
 	@echo 'make clean  remove .venv, built pages, caches and build folders; runs/ stays'
 
@@ -47,6 +48,10 @@ test: times-new $(VENV)/.test $(VENV)/.weights
 	$(call stage,doctest: every example in pages and docstrings,$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest)
 	$(times_show)
 	@echo 'All stages passed.'
+
+# Finished compilations are kept, so that an interrupted run goes on.
+aot: $(VENV)/.test
+	$(BIN)/python -m benchmarks.aot $(ARGS)
 
 docs: times-new $(VENV)/.test
 	$(call stage,sphinx: pages with warnings as errors,$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html)

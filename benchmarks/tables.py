@@ -34,3 +34,37 @@ def steps_table(cell: Mapping[str, Any]) -> str:
             f"FLOPs {row['gflop']:.3f}, saved {row['saved_mib']:.3f}, forward peak {row['forward_peak_mib']:.3f}"
         )
     return "\n".join(lines)
+
+
+def aot_table(entries: Sequence[Mapping[str, Any]], *, long: bool = False) -> str:
+    """Entries of `benchmarks.aot` as text: a line per kernel, architecture and dtype, or with `long` one per variant.
+
+    A line over several variants shows the greatest number where little is good, and the smallest of those variants that
+    have any where much is good.
+    """
+    worst = {"registers": "regs", "shared": "shared B", "stack": "stack", "spills": "spills"}
+    worst |= {"loads_16": "LDG.16", "loads_8": "LDG.8"}
+    least = {"hmma": "HMMA", "hgmma": "HGMMA", "tcgen05": "tcgen05", "wide_loads": "LDG.128"}
+    lines = [
+        f"{'kernel':32}{'target':>8}{'dtype':>10}{'variants':>9}"
+        + "".join(f"{title:>9}" for title in [*worst.values(), *least.values(), "atomics"])
+        + "  roots and quotients"
+    ]
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for number, entry in enumerate(entries):
+        key = (entry["kernel"], entry["architecture"], entry["dtype"], number if long else 0)
+        groups.setdefault(key, []).append(entry)
+    for (kernel, architecture, dtype, _), found in sorted(groups.items()):
+        compiled = [entry for entry in found if "error" not in entry]
+        figures = [max((entry[name] for entry in compiled), default=0) for name in worst]
+        figures += [min((entry[name] for entry in compiled if entry[name]), default=0) for name in least]
+        figures.append(max((entry["atomics"] for entry in compiled), default=0))
+        forms = sorted({form for entry in compiled for form in entry["sqrt"] + entry["div"]})
+        lines.append(
+            f"{kernel:32}{architecture:>8}{dtype:>10}{len(found):9}"
+            + "".join(f"{figure:9}" for figure in figures)
+            + f"  {' '.join(forms)}"
+            + (f"  {len(found) - len(compiled)} do not compile" if len(compiled) < len(found) else "")
+            + (f"  {found[0]['why']}" if long else "")
+        )
+    return "\n".join(lines)

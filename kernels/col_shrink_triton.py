@@ -223,10 +223,9 @@ def _check(
         apart = magnitudes is not None or biases is not None or gains is not None or group > 1
         if columns != expected or not shared or (shared > 1 and apart) or v.shape[1] % len(factors):
             raise ValueError(
-                f"col_shrink: factors of shapes {[tuple(f.shape) for f in factors]} (by_rank={by_rank}) do not fit {group} "
-                f"x of {[x.shape[1] for x in xs]} columns and v of shape {tuple(v.shape)}; give one factor for "
-                f"each x, or several "
-                "for a single x that has no gains, magnitudes or biases."
+                f"col_shrink: factors of shapes {[tuple(f.shape) for f in factors]} (by_rank={by_rank}) "
+                f"do not fit {group} x of {[x.shape[1] for x in xs]} columns and v of shape "
+                f"{tuple(v.shape)}; give one factor per x, or several for a single x without gains, magnitudes and biases."
             )
     elif factors:
         raise ValueError(f"col_shrink: {len(factors)} factors were asked for without v; give v, or no factors.")

@@ -16,7 +16,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("quantization.blockwise",),
     ("quantization.packed",),
     ("quantization.linear",),
-    ("quantization", "adapter"),
+    ("quantization", "adapter", "tune"),
     ("training.controller", "starting_point"),  # the base of every controller, also of those that live in their method's file
     ("methods.*",),
     ("methods",),
