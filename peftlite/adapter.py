@@ -211,7 +211,7 @@ class AdapterLinear(nn.Module, ABC):
         return before
 
     def to_linear(self, weight: Tensor | PackedWeight | None = None) -> nn.Linear | QuantizedLinear:
-        """A plain layer with the own frozen Parameters, or with `weight` written into them; a quantised one holds it instead."""
+        """A plain layer with the own frozen Parameters, or with `weight` written into them; a quantised one takes it over."""
         own: Any = self.weight
         if isinstance(own, PackedWeight) and weight is not None:
             own = weight if isinstance(weight, PackedWeight) else nn.Parameter(weight, requires_grad=False)
