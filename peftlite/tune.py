@@ -134,7 +134,7 @@ def tune(
             name, arch, spelled, padded, columns, rows, _ = asked[0]
             found = best(list(itertools.islice(neighbours(look_up(*asked[0])), limit)), timed)
         finally:
-            configs._config = look_up  # type: ignore[assignment]
+            configs._config = look_up
         if found is not None:
             tile, ms = found
             when = {"arch": arch, "dtype": spelled, "rank": padded, "columns": columns, "rows": rows}
