@@ -109,7 +109,7 @@ def check(plan: Plan, device: torch.device) -> list[Check]:
     ]
     cases += [Case("dora", *plan.odd[-1], FULL, norm_grad=True)]
     rows, in_features, out_features, rank = plan.odd[0]
-    shape = (64 * rows, in_features, out_features, rank)
+    shape = (16 * rows, in_features, out_features, rank)
     dropped = [Case(operation, *shape, FULL, dropout=0.25) for operation in ("lora", "dora")]
     with tqdm(total=len(cases) + 2 * len(dropped) + 2, desc="check", unit="case") as bar:
         for case in cases:
