@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from peftlite.kernels.dispatch import without_autocast
 
+UPDATE_PAYS = 2  # rows for each feature that W is read along: from here on W + s B A is cheaper than the low-rank branch
+
 
 class LoRAArguments(NamedTuple):
     """What a low-rank layer reads besides x."""
@@ -35,8 +37,12 @@ def low_rank_forward(
         h = F.linear(_dropped(x, mask), _stacked([layer.lora_a for layer in layers], dtype))
         ys = []
         for layer, part in zip(layers, h.split([len(layer.lora_a) for layer in layers], dim=1), strict=True):
-            y = F.linear(x, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
-            ys.append(y.addmm_(part, layer.lora_b.to(dtype).T, alpha=layer.scale / keep))
+            weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+            if mask is None and _update_pays(x, x.shape[1]):
+                ys.append(F.linear(x, _updated(weight, layer), bias))
+            else:
+                y = F.linear(x, weight, bias)
+                ys.append(y.addmm_(part, layer.lora_b.to(dtype).T, alpha=layer.scale / keep))
         return ys, h
 
 
@@ -76,12 +82,16 @@ def low_rank_backward(
         if need_x or any(need.lora_a for need in needs):
             u = _shrunk(dys, layers, keep)  # s dy B, side by side
             if need_x:
+                update = mask is None and _update_pays(dys[0], sum(dy.shape[1] for dy in dys))
                 for dy, layer in zip(dys, layers, strict=True):
                     weight = layer.weight.to(dtype)
+                    if update:
+                        weight = _updated(weight, layer)
                     dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
                 assert dx is not None
-                a = _stacked([layer.lora_a for layer in layers], dtype)
-                dx = dx.addmm_(u, a) if mask is None else dx.addcmul_(u @ a, mask.to(dtype))
+                if not update:
+                    a = _stacked([layer.lora_a for layer in layers], dtype)
+                    dx = dx.addmm_(u, a) if mask is None else dx.addcmul_(u @ a, mask.to(dtype))
             if any(need.lora_a for need in needs):
                 assert x is not None
                 # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
@@ -94,6 +104,19 @@ def low_rank_backward(
                 db = (h.T.contiguous() @ dy).T.to(layer.lora_b.dtype).mul_(layer.scale / keep).contiguous()
             grads.append((da_k.to(layer.lora_a.dtype) if da_k is not None and need.lora_a else None, db))
         return dx, grads
+
+
+def _update_pays(rows: Tensor, features: int) -> bool:
+    """Whether products with ``W + s B A``, formed for one pass, cost less than a pass over the other operand's result.
+
+    In 16 bits never: an update below half a unit in the last place of W would vanish.
+    """
+    return rows.device.type == "cpu" and rows.dtype.itemsize >= 4 and len(rows) >= UPDATE_PAYS * features
+
+
+def _updated(weight: Tensor, layer: LoRAArguments) -> Tensor:
+    """``W + s B A``, in the dtype of `weight`."""
+    return torch.addmm(weight, layer.lora_b.to(weight.dtype), layer.lora_a.to(weight.dtype), alpha=layer.scale)
 
 
 def _shrunk(dys: Sequence[Tensor], layers: Sequence[LoRAArguments], keep: float) -> Tensor:

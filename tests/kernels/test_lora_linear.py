@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from oracles import NAMES, cases, make_case
 
 from peftlite.kernels import lora_linear as module
+from peftlite.kernels import low_rank
 from peftlite.kernels.lora_linear import lora_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -102,3 +103,19 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(y.square().sum(), leaves["lora_a"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [79, 80, 300])
+def test_many_rows_take_the_updated_weight_in_wide_dtypes_only(rows, x, bias, monkeypatch):
+    formed = []
+    updated = low_rank._updated
+    monkeypatch.setattr(low_rank, "_updated", lambda *arguments: formed.append(1) or updated(*arguments))
+    case = make_case(rows, 40, 29, 4, x=x, bias=bias)  # from 80 rows on in the forward, from 58 on in the backward pass
+    case.results("torch")
+    assert len(formed) == (0 if x == torch.bfloat16 else 1 if rows < 80 else 2)
+    case.check()
+    formed.clear()
+    make_case(rows, 40, 29, 4, x=x, options={"dropout": 0.3}).check()
+    assert not formed  # under dropout the two branches read different inputs
