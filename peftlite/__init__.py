@@ -2,6 +2,9 @@
 
 from peftlite._version import __version__ as __version__
 from peftlite.adapter import AdapterLinear as AdapterLinear
+from peftlite.analysis import benchmark_step as benchmark_step
+from peftlite.analysis import intruder_report as intruder_report
+from peftlite.analysis import scale_intruders as scale_intruders
 from peftlite.analysis import summary as summary
 from peftlite.checkpoint import load_adapters as load_adapters
 from peftlite.checkpoint import save_adapters as save_adapters
@@ -33,6 +36,7 @@ from peftlite.methods import ShareLoRALinear as ShareLoRALinear
 from peftlite.methods import TiedLoRALinear as TiedLoRALinear
 from peftlite.methods import TTLoRALinear as TTLoRALinear
 from peftlite.methods import VeRALinear as VeRALinear
+from peftlite.methods import XGBLoRA as XGBLoRA
 from peftlite.methods import XGBLoRALinear as XGBLoRALinear
 from peftlite.quantization import QuantizedLinear as QuantizedLinear
 from peftlite.quantize import dequantize_base as dequantize_base

@@ -52,7 +52,7 @@ class SDLoRALinear(AdapterLinear):
     Source: Wu et al. 2025, "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning", arXiv:2501.13198.
 
     Example:
-        >>> from torch import nn
+        >>> from peftlite.methods.sdlora import end_task, start_task
         >>> model = nn.Sequential(SDLoRALinear(16, 32, rank=4))
         >>> nn.init.ones_(model[0].lora_b).shape  # in place of training
         torch.Size([32, 4])
@@ -276,6 +276,7 @@ def reduced_rank(task: int, *, ranks: Sequence[int] = (10, 8, 6), starts: Sequen
     """The rank of task `task`, counted from 1, in the paper's rank reduction (SD-LoRA-RR).
 
     Example:
+        >>> from peftlite.methods.sdlora import reduced_rank
         >>> [reduced_rank(task) for task in (1, 3, 4, 7, 8, 20)]
         [10, 10, 8, 8, 6, 6]
     """

@@ -42,7 +42,6 @@ class XGBLoRALinear(AdapterLinear):
     Source: Zhang et al. 2024, "Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs", arXiv:2410.19694.
 
     Example:
-        >>> import peftlite
         >>> model = peftlite.inject_adapters(nn.Sequential(nn.Linear(16, 32)), "0", rank=1, method="xgblora")
         >>> optimizer = torch.optim.AdamW(peftlite.param_groups(model, lr=1e-2))
         >>> boosting = XGBLoRA(model, optimizer, steps_per_round=2, rounds=3)
@@ -241,6 +240,7 @@ def numbered_block(name: str) -> str:
     """`name` up to its first part that is a number, or all of it.
 
     Example:
+        >>> from peftlite.methods.xgblora import numbered_block
         >>> numbered_block("encoder.layer.3.attention.query"), numbered_block("classifier")
         ('encoder.layer.3', 'classifier')
     """

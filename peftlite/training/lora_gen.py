@@ -115,6 +115,7 @@ def load_balance_loss(gates: Tensor, *, weight: float = 0.01) -> Tensor:
     """``λ (std(G) / mean(G))²`` of the experts' mean gates, over all rows of gates ``(..., n)``; 0 for a uniform load.
 
     Example:
+        >>> from peftlite.training.lora_gen import load_balance_loss
         >>> load_balance_loss(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor(0.)
     """
@@ -154,7 +155,7 @@ class LoRAGenerator(nn.Module):
     language model that reads the prompt, its data and its distillation stay outside; there is no code of the authors.
 
     Example:
-        >>> from peftlite import inject_adapters
+        >>> from peftlite.training.lora_gen import LoRAGenerator
         >>> model = inject_adapters(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), "all-linear", rank=2)
         >>> generator = LoRAGenerator.for_model(model, features=5, experts=4)
         >>> state, gates = generator(torch.randn(3, 5))
