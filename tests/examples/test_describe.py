@@ -38,13 +38,13 @@ def test_training_moves_what_it_should(settings: Settings) -> None:
     frozen = {name: p.clone() for name, p in network.named_parameters() if not name.startswith("heads")}
     reader = {name: t.clone() for name, t in describer.bert.state_dict().items()}
     before = {name: p.clone() for name, p in describer.named_parameters() if p.requires_grad}
-    losses = train(network, describer, load_data(settings, "train", folder, None), settings, steps=36)
+    losses = train(network, describer, load_data(settings, "train", folder, None), settings, steps=150)
     after = dict(network.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
     assert all(torch.equal(t, reader[name]) for name, t in describer.bert.state_dict().items())
     moved = {name for name, p in describer.named_parameters() if p.requires_grad and not torch.equal(p, before[name])}
     assert moved == set(before)
-    assert sum(losses[-9:]) < sum(losses[:9])
+    assert sum(losses[-30:]) < 0.9 * sum(losses[:30])
     assert "meta" in moved
 
 
