@@ -59,7 +59,6 @@ def _triton_pays(x: Tensor, weight: Tensor) -> bool:
     return x.numel() // x.shape[-1] * weight.shape[0] >= SMALL
 
 
-@torch.compiler.assume_constant_result
 def triton_obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Why the Triton kernels cannot compute with `dtypes` on `device`, or None where they can."""
     if not _triton_is_installed():
@@ -67,6 +66,10 @@ def triton_obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
     from peftlite.kernels.launch_triton import obstacle
 
     return next(filter(None, (obstacle(device, dtype) for dtype in dtypes)), None)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler (over a second) into every process.
+triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
