@@ -148,7 +148,7 @@ def check(
         name, layers, target_names(base, plan), rank=plan.rank, scale=SCALE, dropout=plan.dropout, formula=library.formula
     )
     more: dict[str, Any] = {"seed": plan.seed, "formula": library.formula, **how}
-    checks += check_adapters(name, layers, **more)
+    checks += check_adapters(name, layers, input_dtype=precision.model or torch.float32, **more)
     return checks + check_adapted_model(name, model, base, batch, layers, model_dtype=precision.model, **more)
 
 

@@ -191,6 +191,7 @@ def check_adapters(
     autocast: Autocast,
     seed: int,
     formula: Callable[[nn.Module], Formula] = own_formula,
+    input_dtype: torch.dtype = torch.float32,
 ) -> list[Check]:
     """Check ``layer(x) == F.linear(x, effective weight, bias)``, and all gradients, against fp64.
 
@@ -204,6 +205,7 @@ def check_adapters(
         autocast: makes the context of the forward pass.
         seed: of the perturbation and the inputs.
         formula: reads off a layer what it has to compute.
+        input_dtype: what the layers are fed.
     """
     checks: list[Check] = []
     for unit in _units(layers):
@@ -215,7 +217,7 @@ def check_adapters(
         for each in formulas:
             _perturb(each, generator)
         device = next(copies[0].parameters()).device
-        x = torch.randn(2, 7, copies[0].in_features, generator=generator).to(device)
+        x = torch.randn(2, 7, copies[0].in_features, generator=generator).to(device, input_dtype)
         upstreams = [torch.randn(2, 7, layer.out_features, generator=generator).to(device) for layer in copies]
 
         def specified(each: Formula) -> Callable[[Tensor], Tensor]:
