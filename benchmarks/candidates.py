@@ -25,12 +25,14 @@ class Precision(NamedTuple):
     Attributes:
         amp: whether the forward pass runs under bf16 autocast.
         base: what the adapted frozen weights are held in, where that is not fp32.
-        model: what every frozen tensor is held in, where that is not fp32; adapters stay in fp32.
+        model: what every frozen tensor is held in, where that is not fp32.
+        adapters: what the adapters are held in.
     """
 
     amp: bool = False
     base: torch.dtype | None = None
     model: torch.dtype | None = None
+    adapters: torch.dtype = torch.float32
 
     def lowest(self) -> torch.dtype:
         """The lowest precision in the forward pass, which sets the gate's budget."""
@@ -42,6 +44,7 @@ PRECISIONS = {
     "amp": Precision(amp=True),
     "bf16-base": Precision(amp=True, base=torch.bfloat16),
     "bf16-model": Precision(amp=True, model=torch.bfloat16),
+    "bf16-all": Precision(amp=True, model=torch.bfloat16, adapters=torch.bfloat16),
 }
 
 
@@ -73,7 +76,7 @@ def split(name: str) -> tuple[Candidate, str | None]:
         raise ValueError(f"no candidate {kind}; there are {', '.join(CANDIDATES)}, each also with @PRECISION")
     if "@" in name and precision not in PRECISIONS:
         raise ValueError(f"{name}: no precision {precision}; there are {', '.join(PRECISIONS)}")
-    if precision == "bf16-model" and CANDIDATES[kind].library is None:
+    if precision in ("bf16-model", "bf16-all") and CANDIDATES[kind].library is None:
         raise ValueError(f"{name}: full fine-tuning trains fp32 weights; take @amp or @fp32")
     if precision == "bf16-base" and CANDIDATES[kind].library != "ours":
         raise ValueError(f"{name}: only our layers hold their base in a dtype of its own; take @bf16-model, @amp or @fp32")
@@ -97,6 +100,8 @@ def default_candidates(amp: str) -> tuple[str, ...]:
             names.append(f"{name}@bf16-base")
         if candidate.grouped or candidate.library == "peft":
             names.append(f"{name}@bf16-model")
+        if candidate.library == "peft":
+            names.append(f"{name}@bf16-all")
     return tuple(names)
 
 
@@ -117,7 +122,13 @@ def build(name: str, model: nn.Module, plan: Plan, precision: Precision) -> nn.M
             model.embeddings.requires_grad_(False)
         return model
     own = replace(plan, base_dtype=precision.base, fuse=plan.fuse if candidate.grouped else ())
-    return LIBRARIES[candidate.library].inject(candidate.method, model, own)
+    library = LIBRARIES[candidate.library]
+    model = library.inject(candidate.method, model, own)
+    for layer in library.layers(model).values():
+        # By default a library's adapters may be in the base's dtype; a comparison holds them all in one.
+        for tensor in library.formula(layer).tensors.values():
+            tensor.data = tensor.data.to(precision.adapters)
+    return model
 
 
 def check(

@@ -7,7 +7,8 @@ bytes or our speed against full fine-tuning, the inverse of it.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-UNITS = {"step": "time", "saved_mib": "bytes saved for backward", "gflop": "FLOPs", "forward_peak_mib": "peak bytes of the forward"}
+UNITS = {"step": "time", "saved_mib": "bytes saved for backward", "gflop": "FLOPs"}
+UNITS |= {"forward_peak_mib": "peak bytes of the forward"}
 
 
 class Claim(NamedTuple):
@@ -33,7 +34,7 @@ class Claim(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A claim in words, its limit, the figure with its 20/80 quantiles, whose it is, and whether it is met; None: not measured."""
+    """A claim in words, its limit, the figure with its 20/80 quantiles, whose it is, whether it is met (None: not measured)."""
 
     where: str
     what: str

@@ -171,6 +171,11 @@ def _run(
     return outputs | dict(zip(["0 d x", *tensors], gradients, strict=True))
 
 
+def _specified(formula: Formula) -> Callable[[Tensor], Tensor]:
+    bias = formula.bias
+    return lambda x: F.linear(x, formula.weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def _units(layers: Mapping[str, nn.Module]) -> list[list[str]]:
     """Names of the layers to check: one of each kind and shape, with those that it runs together with."""
     names = {layer: key for key, layer in layers.items()}
@@ -220,14 +225,11 @@ def check_adapters(
         x = torch.randn(2, 7, copies[0].in_features, generator=generator).to(device, input_dtype)
         upstreams = [torch.randn(2, 7, layer.out_features, generator=generator).to(device) for layer in copies]
 
-        def specified(each: Formula) -> Callable[[Tensor], Tensor]:
-            return lambda x: F.linear(x, each.weight().to(x.dtype), None if each.bias is None else each.bias.to(x.dtype))
-
         precise = [formula(_doubled(layer)) for layer in copies]
-        oracle = _run(precise, [specified(each) for each in precise], x.double(), [each.double() for each in upstreams])
+        oracle = _run(precise, [_specified(each) for each in precise], x.double(), [each.double() for each in upstreams])
         with autocast():
             actual = _run(formulas, copies, x, upstreams)
-            plain = _run(formulas, [specified(each) for each in formulas], x, upstreams)
+            plain = _run(formulas, [_specified(each) for each in formulas], x, upstreams)
         for key in oracle:
             index, what = key.split(" ", 1)
             label = f"{name}: {unit[int(index)]}: {what}"

@@ -24,7 +24,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.candidates import BASELINE, GROUPS, PRECISIONS, TARGETS, Precision, build, check, default_candidates, missing, split
+from benchmarks.candidates import (
+    BASELINE,
+    GROUPS,
+    PRECISIONS,
+    TARGETS,
+    Precision,
+    build,
+    check,
+    default_candidates,
+    missing,
+    split,
+)
 from benchmarks.contests import contests, hold
 from benchmarks.harness import (
     RESULTS,
@@ -113,7 +124,7 @@ def base_model(settings: Settings) -> BertModel:
                 # With the weights at one the loss would be constant: normalised features have mean square one.
                 module.weight.normal_(1.0, 0.1)
                 module.bias.normal_(0.0, 0.1)
-        held = {dtype for name in settings.candidates for dtype in settings.precision(name)[1:] if dtype is not None}
+        held = {dtype for name in settings.candidates for dtype in settings.precision(name)[1:3] if dtype is not None}
         for dtype in sorted(held, key=str):
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))
@@ -226,7 +237,8 @@ def cells(options: Mapping[str, Any], given: Mapping[str, Any] | None = None) ->
     rest = {name: value for name, value in options.items() if name not in ("preset", "batch", "output", "fresh")}
     for changes in PRESETS.get(options["preset"], ({},)):
         if clash := [name for name in changes if name in (given or {})]:
-            raise ValueError(f"--preset {options['preset']} sets --{clash[0].replace('_', '-')} itself; leave one of the two out")
+            option = f"--{clash[0].replace('_', '-')}"
+            raise ValueError(f"--preset {options['preset']} sets {option} itself; leave one of the two out")
         one = rest | {name: value for name, value in changes.items() if name != "batch"}
         one["candidates"] = one["candidates"] or default_candidates(one["amp"])
         for rows, length in changes.get("batch", options["batch"]):

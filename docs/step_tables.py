@@ -10,7 +10,8 @@ Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 Results = Mapping[str, Mapping[str, Any]]
 NOTHING = "This cell is not measured yet."
 MEASURES = {"step": "time", "saved_mib": "saved bytes", "forward_peak_mib": "peak of the forward", "gflop": "FLOPs"}
-LAYER_MEASURES = {"forward_peak_mib": "peak of the forward", "step_peak_mib": "with backward", "saved_mib": "saved", "gflop": "FLOPs"}
+LAYER_MEASURES = {"forward_peak_mib": "peak of the forward", "step_peak_mib": "with backward"}
+LAYER_MEASURES |= {"saved_mib": "saved", "gflop": "FLOPs"}
 
 
 def claims(results: Results, table: Table) -> str:
@@ -50,10 +51,10 @@ def cells(found: Mapping[str, Any], table: Table, code: str) -> str:
         parts += [_note(key, facts, code), table(header, [_candidate(*item) for item in figures["candidates"].items()])]
         if figures["ratios"]:
             header = ["ratio (> 1: the first costs more)", *MEASURES.values(), "candidates by time", "by saved bytes", "ahead"]
-            rows = [
-                [title, *_ratios(row, MEASURES), *(" / ".join(row["sides"][k]) for k in ("step", "saved_mib")), _ahead(row, MEASURES)]
-                for title, row in figures["ratios"].items()
-            ]
+            rows = []
+            for title, row in figures["ratios"].items():
+                sides = (" / ".join(row["sides"][key]) for key in ("step", "saved_mib"))
+                rows.append([title, *_ratios(row, MEASURES), *sides, _ahead(row, MEASURES)])
             parts.append(table(header, rows))
     return "\n\n".join(parts) or NOTHING
 
@@ -64,7 +65,7 @@ def layers(found: Mapping[str, Any], table: Table, code: str) -> str:
     for key, cell in found.items():
         figures = cell["figures"]
         rows = [[name, *(f"{row[k]:.1f}" for k in LAYER_MEASURES)] for name, row in figures["candidates"].items()]
-        header = ["", *(f"{title}, {'GFLOP' if key == 'gflop' else 'MiB'}" for key, title in LAYER_MEASURES.items())]
+        header = ["", *(f"{title}, {'GFLOP' if k == 'gflop' else 'MiB'}" for k, title in LAYER_MEASURES.items())]
         parts += [_note(key, cell["machine"], code, timed=False), table(header, rows)]
         rows = [[title, *_ratios(row, LAYER_MEASURES), _ahead(row, LAYER_MEASURES)] for title, row in figures["ratios"].items()]
         parts.append(table(["ratio", *LAYER_MEASURES.values(), "ahead"], rows))
@@ -74,7 +75,8 @@ def layers(found: Mapping[str, Any], table: Table, code: str) -> str:
 def _note(key: str, facts: Mapping[str, Any], code: str, *, timed: bool = True) -> str:
     state = " with changes" if facts["dirty"] else ""
     peers = "".join(f", {name} {facts[name]}" for name in ("peft", "loralib") if facts.get(name))
-    where = f"{facts.get('gpu') or facts['cpu']}, {facts['threads']} threads, Python {facts['python']}, torch {facts['torch']}{peers}"
+    versions = f"Python {facts['python']}, torch {facts['torch']}{peers}"
+    where = f"{facts.get('gpu') or facts['cpu']}, {facts['threads']} threads, {versions}"
     note = f"{key}. {where}; commit {code}{(facts['commit'] or 'none')[:10]}{code}{state}."
     return f"{note} Medians of interleaved rounds." if timed else note
 
