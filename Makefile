@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test aot docs clean
+.PHONY: help demo test aot bench docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,6 +29,7 @@ help:
 	@echo 'make demo   set up .venv, train minBERT with adapters on the sample data, write runs/demo-<time>/report.html'
 	@echo 'make test   set up .venv, run the gate: ruff, mypy, pytest, Sphinx with warnings as errors, doctest'
 	@echo 'make aot    set up .venv, compile every Triton kernel for GPUs that are not there, judge the machine code (minutes)'
+	@echo 'make bench  set up .venv, compare training steps with the peers, small sizes; ARGS="--preset peers" for the whole'
 	@echo 'make docs   set up .venv, build the pages into docs/_build/html'
 	@echo 'make clean  remove .venv, built pages, caches and build folders; runs/ stays'
 
@@ -52,6 +53,10 @@ test: times-new $(VENV)/.test $(VENV)/.weights
 # Finished compilations are kept, so that an interrupted run goes on.
 aot: $(VENV)/.test
 	$(BIN)/python -m benchmarks.aot $(ARGS)
+
+# The preset that ARGS names comes last and wins. Figures of the quick look stay out of the committed results.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.steps --preset quick --output runs/bench/steps.json $(ARGS)
 
 docs: times-new $(VENV)/.test
 	$(call stage,sphinx: pages with warnings as errors,$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html)

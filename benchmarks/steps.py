@@ -1,20 +1,21 @@
-"""How long a training step takes, and what it costs, with all parameters training and with adapters.
+"""How long a training step takes, and what it costs: full fine-tuning, our adapters and the peers', side by side.
 
-    python -m benchmarks.steps                                  # BERT-base width, 4 layers, batch 8 x 64, fp32
-    python -m benchmarks.steps --amp bf16 --batch 8x64,16x128   # several cells; finished ones are not measured again
+    python -m benchmarks.steps --preset peers                   # the whole comparison; finished cells are not measured again
+    python -m benchmarks.steps                                  # its first cell: BERT-base width, 4 layers, 8 x 64, fp32
+    python -m benchmarks.steps --amp bf16 --batch 8x64,16x128   # cells of one's own
 
 A step is forward, loss (mean of squares of the last hidden state), backward, `AdamW.step`, `zero_grad`. The model is
 the example's BERT with random weights and no dropout of its own, the token ids are random and fixed. In an adapter
 model nothing below the first adapter trains, so that the output of the embeddings needs no gradient, as in
-`full-frozen-embeddings`. Times are medians over interleaved rounds with their 20 and 80 % quantiles; FLOPs, bytes and
-operation counts are exact.
+`full-frozen-embeddings`. All candidates of a cell take turns in one process. Times are medians over interleaved rounds
+with their 20 and 80 % quantiles; FLOPs, bytes and operation counts are exact.
 """
 
 import argparse
 import copy
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,27 +24,36 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import peftlite
-from benchmarks.gate import check_adapters, check_candidate
+from benchmarks.candidates import (
+    BASELINE,
+    GROUPS,
+    PRECISIONS,
+    TARGETS,
+    Precision,
+    build,
+    check,
+    default_candidates,
+    missing,
+    split,
+)
+from benchmarks.contests import contests, hold
 from benchmarks.harness import (
     RESULTS,
     RedGateError,
     ResultFile,
-    Spread,
     interleaved,
     machine,
     ratios,
     require_green,
     spread,
 )
+from benchmarks.peers import Plan, versions
+from benchmarks.presets import PRESETS
 from benchmarks.tables import steps_table
 from benchmarks.training_step import TrainingStep, meter
 from examples.minbert_multitask.model import BertConfig, BertModel
 
 VOCABULARY = BertConfig().vocab_size
-BASELINE = "full-frozen-embeddings"
-PAIRS = (("dora", "lora"),)  # ratios worth a line of their own: numerator, denominator
-TARGETS = {"qv": ["query", "value"], "all-linear": ["query", "key", "value", "dense"]}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAMW: dict[str, dict[str, bool]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
@@ -78,51 +88,25 @@ class Settings:
             f"{self.rows}x{self.length}"
         )
 
-    def autocast(self) -> torch.autocast:
-        """The precision of the forward pass."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.amp == "bf16")
+    def precision(self, candidate: str) -> Precision:
+        """How `candidate` computes: as its name says, or as the cell does."""
+        kind, own = split(candidate)
+        if own is not None:
+            return PRECISIONS[own]
+        held_apart = kind.library == "ours" and self.base_dtype != "fp32"
+        return Precision(self.amp == "bf16", DTYPES[self.base_dtype] if held_apart else None)
 
-    def compute_dtype(self) -> torch.dtype:
-        """The lowest precision in the forward pass, which sets the gate's budget."""
-        return torch.bfloat16 if self.amp == "bf16" else DTYPES[self.base_dtype]
+    def autocast(self, precision: Precision) -> Callable[[], torch.autocast]:
+        """Makes the context of the forward pass."""
+        return functools.partial(torch.autocast, self.device, torch.bfloat16, enabled=precision.amp)
 
-
-Builder = Callable[[BertModel, Settings], nn.Module]
-
-
-def _full(model: BertModel, settings: Settings) -> nn.Module:
-    return model
-
-
-def _full_frozen_embeddings(model: BertModel, settings: Settings) -> nn.Module:
-    model.embeddings.requires_grad_(False)
-    return model
-
-
-def _adapters(method: str, model: BertModel, settings: Settings) -> nn.Module:
-    return peftlite.inject_adapters(
-        model,
-        TARGETS[settings.targets],
-        settings.rank,
-        method=method,
-        alpha=2 * settings.rank,
-        dropout=settings.dropout,
-        base_dtype=None if settings.base_dtype == "fp32" else DTYPES[settings.base_dtype],
-        seed=settings.seed,
-    )
-
-
-# Name -> builder: it gets its own copy of the base model and returns the model to train, with `requires_grad` set.
-CANDIDATES: dict[str, Builder] = {
-    "full": _full,
-    BASELINE: _full_frozen_embeddings,
-    "lora": functools.partial(_adapters, "lora"),
-    "dora": functools.partial(_adapters, "dora"),
-}
+    def plan(self) -> Plan:
+        """What the adapters adapt, and how."""
+        return Plan(TARGETS[self.targets], self.rank, self.dropout, fuse=GROUPS[self.targets], seed=self.seed)
 
 
 def base_model(settings: Settings) -> BertModel:
-    """The model that every candidate starts from, with weights that `base_dtype` represents exactly."""
+    """The model that every candidate starts from, with weights that each candidate's dtypes represent exactly."""
     torch.manual_seed(settings.seed)
     config = BertConfig(
         hidden_size=settings.width,
@@ -140,9 +124,10 @@ def base_model(settings: Settings) -> BertModel:
                 # With the weights at one the loss would be constant: normalised features have mean square one.
                 module.weight.normal_(1.0, 0.1)
                 module.bias.normal_(0.0, 0.1)
-            elif isinstance(module, nn.Linear):
-                module.weight.copy_(module.weight.to(DTYPES[settings.base_dtype]))
-                module.bias.copy_(module.bias.to(DTYPES[settings.base_dtype]))
+        held = {dtype for name in settings.candidates for dtype in settings.precision(name)[1:3] if dtype is not None}
+        for dtype in sorted(held, key=str):
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
     return model.to(settings.device)
 
 
@@ -153,50 +138,39 @@ def batch(settings: Settings, rows: int, length: int) -> tuple[Tensor, Tensor]:
     return ids, torch.ones_like(ids)
 
 
-def measure(settings: Settings, candidates: Mapping[str, Builder]) -> dict[str, Any]:
-    """Check, meter and time every candidate of one cell.
+def measure(settings: Settings) -> dict[str, Any]:
+    """Check, meter and time every candidate of one cell, and hold the contests among them.
 
     Raises:
         RedGateError: a candidate computes something else than it should.
     """
-    base = base_model(settings)
-    models = {name: candidates[name](copy.deepcopy(base), settings) for name in settings.candidates}
-    gate = {"dtype": settings.compute_dtype(), "autocast": settings.autocast}
+    base, plan = base_model(settings), settings.plan()
     few = batch(settings, 2, min(8, settings.length))
-    checks = []
-    for name, model in models.items():
-        checks += check_candidate(name, model, base, few, **gate)
-        checks += check_adapters(name, peftlite.adapters(model), seed=settings.seed, **gate)
-    require_green(checks)
-
     inputs = batch(settings, settings.rows, settings.length)
-    steps = {
-        name: TrainingStep(model, inputs, autocast=settings.autocast, adamw=ADAMW[settings.adamw])
-        for name, model in models.items()
-    }
-    figures = {name: meter(step) for name, step in steps.items()}
-    total = len(steps) * (settings.warmup + settings.rounds)
+    figures, steps, checks = {}, {}, []
+    total = len(settings.candidates) * (1 + settings.warmup + settings.rounds)
     with tqdm(total=total, unit="step", desc=f"{settings.rows}x{settings.length}") as bar:
+        for name in settings.candidates:
+            precision = settings.precision(name)
+            model = build(name, copy.deepcopy(base), plan, precision)
+            checks += check(name, model, base, few, plan, precision)
+            steps[name] = TrainingStep(model, inputs, autocast=settings.autocast(precision), adamw=ADAMW[settings.adamw])
+            bar.update()
+        require_green(checks)
+        figures = {name: meter(step) for name, step in steps.items()}
         samples = interleaved(steps, rounds=settings.rounds, warmup=settings.warmup, tick=bar.update)
 
     for name, taken in samples.items():
         figures[name]["ms"] = {phase: spread(sample[phase] for sample in taken) for phase in taken[0]}
 
-    def paired(a: str, b: str, phase: str) -> Spread:
-        return ratios([sample[phase] for sample in samples[a]], [sample[phase] for sample in samples[b]])
-
     if BASELINE in samples:
-        for name in samples:
-            figures[name]["relative"] = {phase: paired(name, BASELINE, phase) for phase in ("step", "cpu")}
-    compared = {
-        f"{a} / {b}": {
-            **{phase: paired(a, b, phase) for phase in ("step", "cpu")},
-            **{unit: figures[a][unit] / figures[b][unit] for unit in ("gflop", "saved_mib", "forward_peak_mib")},
-        }
-        for a, b in PAIRS
-        if a in samples and b in samples
-    }
-    return {"checks": len(checks), "baseline": BASELINE, "candidates": figures, "ratios": compared}
+        for name, taken in samples.items():
+            figures[name]["relative"] = {
+                phase: ratios([sample[phase] for sample in taken], [sample[phase] for sample in samples[BASELINE]])
+                for phase in ("step", "cpu")
+            }
+    held = {contest.title: hold(contest, figures, samples) for contest in contests(settings.candidates, settings.amp != "off")}
+    return {"checks": len(checks), "baseline": BASELINE, "candidates": figures, "ratios": held}
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
@@ -211,8 +185,13 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in CANDIDATES]:
-        raise argparse.ArgumentTypeError(f"no candidate {', '.join(unknown)}; there are {', '.join(CANDIDATES)}")
+    try:
+        for name in names:
+            split(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a candidate twice")
     return names
 
 
@@ -224,15 +203,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = options.add_argument
+    add("--preset", choices=PRESETS, help="a list of cells; it sets the options that tell them apart")
     add("--batch", type=_shapes, default="8x64", metavar="BxT,...", help="rows x tokens; each is one cell")
-    add("--candidates", type=_names, default=",".join(CANDIDATES), metavar="NAME,...", help="what to compare")
+    add("--candidates", type=_names, metavar="NAME[@PRECISION],...", help="what to compare; by default all libraries that fit")
     add("--width", type=int, default=768, help="hidden features; the feed-forward block has four times as many")
     add("--layers", type=int, default=4, help="transformer layers")
     add("--targets", choices=TARGETS, default="all-linear", help="linears that get an adapter")
     add("--rank", type=int, default=8, help="rank of the adapters; alpha is twice that")
     add("--dropout", type=float, default=0.0, help="dropout of the adapters")
     add("--amp", choices=["off", "bf16"], default="off", help="autocast of the forward pass")
-    add("--base-dtype", choices=DTYPES, default="fp32", help="dtype of the adapted frozen weights")
+    add("--base-dtype", choices=DTYPES, default="fp32", help="dtype of our adapted frozen weights")
     add("--adamw", choices=ADAMW, default="default", help="implementation of the optimizer, the same for all")
     add("--rounds", type=int, default=20, help="timed rounds; each candidate takes one step in each")
     add("--warmup", type=int, default=3, help="rounds before them")
@@ -244,31 +224,59 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def cells(options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Iterator[Settings]:
+    """The cells that the options ask for.
+
+    Args:
+        options: the command line's, by name.
+        given: of these, the ones that differ from their defaults; a preset refuses to have them overruled.
+
+    Raises:
+        ValueError: an option is given beside a preset that sets it.
+    """
+    rest = {name: value for name, value in options.items() if name not in ("preset", "batch", "output", "fresh")}
+    for changes in PRESETS.get(options["preset"], ({},)):
+        if clash := [name for name in changes if name in (given or {})]:
+            option = f"--{clash[0].replace('_', '-')}"
+            raise ValueError(f"--preset {options['preset']} sets {option} itself; leave one of the two out")
+        one = rest | {name: value for name, value in changes.items() if name != "batch"}
+        one["candidates"] = one["candidates"] or default_candidates(one["amp"])
+        for rows, length in changes.get("batch", options["batch"]):
+            yield Settings(rows=rows, length=length, **one)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite; the exit status."""
-    options = vars(parser().parse_args(arguments))
-    shapes, output, fresh = (options.pop(name) for name in ("batch", "output", "fresh"))
+    command = parser()
+    options = vars(command.parse_args(arguments))
+    defaults = vars(command.parse_args([]))
+    try:
+        asked = list(cells(options, {name: value for name, value in options.items() if value != defaults[name]}))
+    except ValueError as error:
+        command.error(str(error))
+    if absent := missing(name for settings in asked for name in settings.candidates):
+        command.error(f"{', '.join(absent)} is not installed: pip install 'peftlite[bench]', or leave it out of --candidates")
     torch.set_num_threads(options["threads"])
-    facts = machine(options["device"])
-    results = ResultFile(output, "steps")
-    for index, (rows, length) in enumerate(shapes):
-        settings = Settings(rows=rows, length=length, **options)
+    facts = machine(options["device"]) | versions()
+    results = ResultFile(options["output"], "steps")
+    for index, settings in enumerate(asked):
         reason = results.difference(settings.key, facts, asdict(settings))
-        print(f"\n{settings.key}: {(reason or 'asked again') if reason or fresh else 'finished before'}", flush=True)
-        if reason or fresh:
+        state = "finished before" if reason is None and not options["fresh"] else reason or "asked again"
+        print(f"\ncell {index + 1} of {len(asked)}: {settings.key}: {state}", flush=True)
+        if reason or options["fresh"]:
             try:
-                results.add(settings.key, facts, asdict(settings), measure(settings, CANDIDATES))
+                results.add(settings.key, facts, asdict(settings), measure(settings))
             except RedGateError as error:
                 print(error, file=sys.stderr)
                 return 1
             except KeyboardInterrupt:
                 print(
-                    f"\ninterrupted: {index} of {len(shapes)} cells are in {output}; run again to go on",
+                    f"\ninterrupted: {index} of {len(asked)} cells are in {options['output']}; run again to go on",
                     file=sys.stderr,
                 )
                 return 130
         print(steps_table(results.cells[settings.key]))
-    print(f"\nwritten to {output}")
+    print(f"\nwritten to {options['output']}")
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import peftlite
+from docs import step_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,35 +82,21 @@ def results() -> str:
     """The committed figures: training steps, then minBERT."""
     return "\n\n".join(
         [
-            "Training steps (`python -m benchmarks.steps`):",
-            _read("steps.json", steps),
+            "Training steps: what was promised and what came (`python -m benchmarks.steps --preset peers`; all cells in "
+            "[the comparison](docs/steps.rst)):",
+            step_tables.claims(step_results(), markdown_table),
+            "One cell of them:",
+            _read("steps.json", lambda found: step_tables.headline(found, markdown_table, "`")),
             "minBERT on real data (dev scores; see [the tutorial](docs/minbert.rst)):",
             _read("minbert.json", minbert),
         ]
     )
 
 
-def steps(found: Mapping[str, Any]) -> str:
-    """A table for each cell of the step suite."""
-    parts = []
-    for key, cell in found["cells"].items():
-        facts, figures = cell["machine"], cell["figures"]
-        rows = []
-        for name, row in figures["candidates"].items():
-            relative = f"{row['relative']['step'][0]:.2f}" if "relative" in row else ""
-            time, saved = f"{row['ms']['step'][0]:.1f}", f"{row['saved_mib']:.1f}"
-            rows.append([name, time, relative, saved, f"{row['gflop']:.2f}", f"{row['trained']:,}"])
-        header = ["", "step, ms", f"share of {figures['baseline']}", "saved for backward, MiB", "GFLOP", "trained"]
-        pairs = [
-            f"{name}: time {row['step'][0]:.3f}, saved {row['saved_mib']:.3f}, FLOPs {row['gflop']:.3f}"
-            for name, row in figures["ratios"].items()
-        ]
-        state = " with changes" if facts["dirty"] else ""
-        versions = f"Python {facts['python']}, torch {facts['torch']}"
-        where = f"{facts.get('gpu') or facts['cpu']}, {facts['threads']} threads, {versions}"
-        note = f"{key}. {where}; commit `{(facts['commit'] or 'none')[:10]}`{state}. Medians of interleaved rounds."
-        parts += [note, markdown_table(header, rows), *([f"Ratios: {'; '.join(pairs)}."] if pairs else [])]
-    return "\n\n".join(parts)
+def step_results() -> dict[str, Any]:
+    """The content of the step suites' files, those that are there."""
+    paths = {suite: RESULTS / f"{suite}.json" for suite in ("steps", "layer")}
+    return {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in paths.items() if path.is_file()}
 
 
 def minbert(found: Mapping[str, Any]) -> str:
@@ -143,6 +130,11 @@ def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": lambda: methods(markdown_table, "`"), "results": results},
     "examples/minbert_multitask/README.md": {"minbert": lambda: _read("minbert.json", minbert)},
+    "docs/steps.rst": {
+        "claims": lambda: step_tables.claims(step_results(), rst_table),
+        "layers": lambda: _read("layer.json", lambda found: step_tables.layers(found["cells"], rst_table, "``")),
+        "cells": lambda: _read("steps.json", lambda found: step_tables.cells(found["cells"], rst_table, "``")),
+    },
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
 }
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import peftlite
+from benchmarks.claims import CLAIMS
 from docs import generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,23 +107,6 @@ def test_describe_asks_for_formula_and_source(monkeypatch: pytest.MonkeyPatch) -
         generate.describe("bare")
 
 
-def test_steps_table_from_a_result_file() -> None:
-    candidate = {"ms": {"step": [200.04, 190.0, 210.0]}, "saved_mib": 12.34, "gflop": 5.0, "trained": 1234}
-    versions = {"python": "3.11", "torch": "2.13.0", "commit": "0123456789ab", "dirty": False}
-    cell = {
-        "machine": {"cpu": "A processor", "threads": 2, **versions},
-        "figures": {
-            "baseline": "full",
-            "candidates": {"full": candidate, "lora": {**candidate, "relative": {"step": [0.721, 0.7, 0.8]}}},
-            "ratios": {"dora / lora": {"step": [1.074, 1.0, 1.1], "saved_mib": 1.5, "gflop": 1.01}},
-        },
-    }
-    text = generate.steps({"cells": {"cpu, 8x64": cell}})
-    assert "cpu, 8x64. A processor, 2 threads, Python 3.11, torch 2.13.0; commit `0123456789`. Medians" in text
-    assert "| lora | 200.0 | 0.72 | 12.3 | 5.00 | 1,234 |" in text
-    assert "Ratios: dora / lora: time 1.074, saved 1.500, FLOPs 1.010." in text
-
-
 def test_minbert_table_from_a_result_file() -> None:
     def run(name: str, overall: float, **changes: object) -> dict[str, object]:
         dev = {"sst": 0.4704, "quora": 0.8312, "sts": 0.8721, "overall": overall}
@@ -141,6 +125,7 @@ def test_minbert_table_from_a_result_file() -> None:
 def test_missing_results_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
     assert generate.results().count("No result is committed yet.") == 2
+    assert generate.results().count("| not measured |") == len(CLAIMS)
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
@@ -153,7 +138,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 def test_make_help_names_the_public_targets() -> None:
     # Inside `make test` a second make would also say which folder it enters.
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [line.split()[1] for line in done.stdout.splitlines()] == ["demo", "test", "aot", "docs", "clean"]
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["demo", "test", "aot", "bench", "docs", "clean"]
 
 
 def test_ci_runs_the_gate() -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 import peftlite
 from benchmarks import steps
-from benchmarks.gate import check_adapters, check_candidate
+from benchmarks.candidates import build
+from benchmarks.gate import check_adapted_model, check_adapters, check_candidate
 from benchmarks.harness import ROOT, RedGateError, require_green
 from benchmarks.training_step import TrainingStep, meter
 from peftlite.analysis.meters import flops, saved_for_backward
@@ -43,6 +44,8 @@ def test_the_gate_is_green_for_what_is_right(base, method):
     checks = check_candidate("x", model, base, (torch.randn(3, 12),), **SETTINGS)
     checks += check_adapters("x", peftlite.adapters(model), seed=0, **SETTINGS)
     assert len(checks) == 2 + 2 * (4 if method == "lora" else 5)  # two shapes; the output, d x, and one per tensor
+    checks += check_adapted_model("x", model, base, (torch.randn(3, 12),), peftlite.adapters(model), seed=0, **SETTINGS)
+    assert checks[-1].name == "x: output of the adapted model"
     require_green(checks)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -113,15 +116,16 @@ def test_the_meter_on_a_model_counted_by_hand():
 
 def test_the_suite_runs_from_the_command_line_and_keeps_finished_cells(tmp_path):
     output = tmp_path / "steps.json"
-    command = [sys.executable, "-m", "benchmarks.steps", *TINY, "--output", str(output)]
+    names = "full-frozen-embeddings,lora,dora"
+    command = [sys.executable, "-m", "benchmarks.steps", *TINY, "--candidates", names, "--output", str(output)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert first.returncode == 0, first.stderr
     assert "2x8: not measured yet" in first.stdout
-    assert "dora / lora: time" in first.stdout
+    assert "ours DoRA / ours LoRA: time" in first.stdout
     assert "step/s" in first.stderr  # the progress bar
     ((key, cell),) = json.loads(output.read_text(encoding="utf-8"))["cells"].items()
     assert key.endswith("2x8")
-    assert list(cell["figures"]["candidates"]) == list(steps.CANDIDATES)
+    assert list(cell["figures"]["candidates"]) == names.split(",")
     assert cell["machine"]["commit"]
     for row in cell["figures"]["candidates"].values():
         median, low, high = row["ms"]["step"]
@@ -163,7 +167,7 @@ def test_finished_cells_are_shown_not_measured(tmp_path, capsys, monkeypatch):
 def test_a_red_gate_prints_no_figure_and_writes_none(tmp_path, capsys, monkeypatch):
     right = peftlite.DoRALinear.adapted_forward
     monkeypatch.setattr(peftlite.DoRALinear, "adapted_forward", lambda layer, x: 1.01 * right(layer, x))
-    assert steps.main([*TINY, "--output", str(tmp_path / "x.json")]) == 1
+    assert steps.main([*TINY, "--candidates", "lora,dora", "--output", str(tmp_path / "x.json")]) == 1
     shown = capsys.readouterr()
     assert "refusing to print figures" in shown.err
     assert "dora: output at birth against the base model" in shown.err
@@ -177,7 +181,12 @@ def test_a_red_gate_prints_no_figure_and_writes_none(tmp_path, capsys, monkeypat
     [
         (["--batch", "8"], "'8' is not a list of batches; write ROWSxLENGTH, as in 8x64,16x128"),
         (["--batch", "8x64,0x2"], "'8x64,0x2' is not a list of batches"),
-        (["--candidates", "lora,lorra"], "no candidate lorra; there are full, full-frozen-embeddings, lora, dora"),
+        (["--candidates", "lora,lorra"], "no candidate lorra; there are full, full-frozen-embeddings, lora, dora, lora-gr"),
+        (["--candidates", "lora,lora"], "'lora,lora' names a candidate twice"),
+        (["--candidates", "lora@fp8"], "lora@fp8: no precision fp8; there are fp32, amp, bf16-base, bf16-model, bf16-all"),
+        (["--candidates", "full@bf16-model"], "full@bf16-model: full fine-tuning trains fp32 weights; take @amp or @fp32"),
+        (["--candidates", "peft-lora@bf16-base"], "peft-lora@bf16-base: only our layers hold their base in a dtype of its own"),
+        (["--preset", "peers", "--width", "384"], "--preset peers sets --width itself; leave one of the two out"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys):
@@ -186,20 +195,18 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def settings(*arguments: str, rows: int, length: int) -> steps.Settings:
-    options = vars(steps.parser().parse_args(arguments))
-    return steps.Settings(
-        rows=rows, length=length, **{key: options[key] for key in options if key not in ("batch", "output", "fresh")}
-    )
+def settings(*arguments: str) -> steps.Settings:
+    (only,) = steps.cells(vars(steps.parser().parse_args(arguments)))
+    return only
 
 
 def test_adapters_keep_to_their_budget_of_flops_and_saved_bytes():
     """At BERT-base width, 8 x 64 tokens: DoRA saves at most 1.6 of LoRA's bytes, and takes 1.03 of its FLOPs."""
-    wide = settings("--layers", "1", rows=8, length=64)
+    wide = settings("--layers", "1")
     base, batch = steps.base_model(wide), steps.batch(wide, 8, 64)
     saved, flop = {}, {}
     for name in ("full", "lora", "dora"):
-        model = steps.CANDIDATES[name](copy.deepcopy(base), wide)
+        model = build(name, copy.deepcopy(base), wide.plan(), wide.precision(name))
         step = TrainingStep(model, batch, autocast=nullcontext, adamw={})
         saved[name] = saved_for_backward(step.forward, exclude=[model, *batch]).bytes
         flop[name] = flops(lambda step=step: step.forward().backward())
@@ -215,4 +222,4 @@ def test_the_suite_checks_what_it_times(monkeypatch):
 
     monkeypatch.setattr(peftlite.LoRALinear, "adapted_forward", deaf)
     with pytest.raises(RedGateError, match=r"lora: encoder\.layer\.0\.[a-z.]+: output: error"):
-        steps.measure(settings(*TINY, "--candidates", "lora", rows=2, length=8), steps.CANDIDATES)
+        steps.measure(settings(*TINY, "--candidates", "lora"))
