@@ -45,9 +45,10 @@ def dora_linears_triton(x: Tensor, layers: Sequence[DoRAArguments], dropout: flo
     seed = draw_seed(x.device) if dropout > 0 else None  # one for all, so that layers that run apart share the mask too
     ys: dict[int, Tensor] = {}
     if torch.compiler.is_compiling():
-        for place, (*tensors, scale) in enumerate(layers):
-            weight, _, lora_a, lora_b, magnitude = tensors
-            packed = _prepare_op(weight, lora_a.detach(), lora_b.detach(), magnitude.detach(), scale, x.dtype)
+        for place, layer in enumerate(layers):
+            *tensors, scale = layer
+            factors = (layer.lora_a.detach(), layer.lora_b.detach(), layer.magnitude.detach())
+            packed = _prepare_op(layer.weight, *factors, scale, x.dtype)
             ys[place] = _forward_op(rows, *tensors, *packed, seed, scale, dropout, norm_grad)[0]
     else:
         for places in alike(layers):
@@ -205,7 +206,7 @@ class _DoRA(torch.autograd.Function):
             dx, found = dora_backward(
                 [dys[k] for k in used],  # type: ignore[misc]
                 x,
-                [DoRAArguments(*fields[k][:5], ctx.scale) for k in used],
+                [DoRAArguments._make([*fields[k][:5], ctx.scale]) for k in used],
                 chosen(a, used, count, 0),
                 bs,
                 gains,

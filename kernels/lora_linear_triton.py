@@ -32,8 +32,9 @@ def lora_linears_triton(x: Tensor, layers: Sequence[LoRAArguments], dropout: flo
     seed = draw_seed(x.device) if dropout > 0 else None  # one for all, so that layers that run apart share the mask too
     ys: dict[int, Tensor] = {}
     if torch.compiler.is_compiling():
-        for place, (*tensors, scale) in enumerate(layers):
-            packed = _pack_op(tensors[2].detach(), tensors[3].detach(), x.dtype)
+        for place, layer in enumerate(layers):
+            *tensors, scale = layer
+            packed = _pack_op(layer.lora_a.detach(), layer.lora_b.detach(), x.dtype)
             ys[place] = _forward_op(rows, *tensors, *packed, seed, scale, dropout)[0]
     else:
         for places in alike(layers):
@@ -219,7 +220,7 @@ class _LoRA(torch.autograd.Function):
             dx, found = low_rank_backward(
                 [dys[k] for k in used],  # type: ignore[misc]
                 x,
-                [LoRAArguments(*layers[k][:4], ctx.scale) for k in used],
+                [LoRAArguments._make([*layers[k][:4], ctx.scale]) for k in used],
                 chosen(a, used, count, 0),
                 [layers[k][4] for k in used],
                 chosen(h, used, count, 1),
