@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import peftlite
+from docs.invariants import coverage, marked_tests
+from docs.invariants import sections as invariant_sections
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -135,6 +137,18 @@ def _place(run: Mapping[str, Any]) -> str:
     return f"{where}, Python {facts['python']}, torch {facts['torch']}; commit `{(facts['commit'] or 'none')[:10]}`"
 
 
+def invariants() -> str:
+    """A table for each section of the list: what must hold, and the tests that show it."""
+    listed = invariant_sections()
+    tests = coverage(listed, list(marked_tests(ROOT / "tests"))).tests
+    parts = []
+    for number, section in listed.items():
+        title = f"§{number} {section['title']}"
+        rows = [[text, ", ".join(f"``{test}``" for test in of)] for (of_section, text), of in tests.items() if of_section == number]
+        parts += [f"{title}\n{'-' * len(title)}", *filter(None, [section["source"]]), rst_table(["invariant", "tests"], rows)]
+    return "\n\n".join(parts)
+
+
 def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
     path = RESULTS / name
     return render(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "No result is committed yet."
@@ -143,6 +157,7 @@ def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": lambda: methods(markdown_table, "`"), "results": results},
     "examples/minbert_multitask/README.md": {"minbert": lambda: _read("minbert.json", minbert)},
+    "docs/invariants.rst": {"invariants": invariants},
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
 }
 

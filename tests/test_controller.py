@@ -226,6 +226,7 @@ def test_closures_wrappers_and_seeds_are_refused() -> None:
 
 
 def test_draws_depend_on_seed_and_step_alone() -> None:
+    """Invariant §20: what is drawn depends on seed and step alone, in every process."""
     _, _, first = made("dylora")
     torch.manual_seed(8)
     draw = [torch.rand(3, generator=first.generator(step)) for step in (0, 1, 0)]
@@ -291,6 +292,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_act_alike(tmp_path: Path) -> None:
+    """Invariant §20: what is drawn depends on seed and step alone, in every process."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     root = Path(__file__).resolve().parents[1]

@@ -71,7 +71,10 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_equals_the_method_on_the_dequantised_layer(
     variant: tuple[str, dict[str, Any]], code: str, dtype: torch.dtype
 ) -> None:
-    """Invariant §7: no gradient on base; LoRA gradient ≡ gradient with deq(W) as a dense frozen weight."""
+    """Invariant §2: on a quantised base ≡ on the dequantised one.
+    Invariant §7: no gradient on the base; gradients ≡ those over the dequantised weight, dense and frozen.
+    Invariant §20: on a quantised base ≡ on the dequantised one.
+    """
     model = quantized_net(variant, code, dtype)
     plain = dequantize_base(quantize_base(net().to(dtype), ENCODER, code))
     inject_adapters(plain, ENCODER, 2, method=variant[0], trainable="head", seed=0, **variant[1])
@@ -405,7 +408,7 @@ def test_quantised_on_the_meta_device_and_loaded_later() -> None:
 
 
 def test_sizes_are_those_of_the_code() -> None:
-    """§21: NF4 takes 4.127 bits per parameter with double quantisation."""
+    """Invariant §21: NF4 without and with double quantisation: 4.5 and 4.127 bits per parameter."""
     model = quantize_base(nn.Sequential(nn.Linear(768, 768, bias=False)), "0")
     held = sum(p.nbytes for p in model.parameters())
     assert held == model[0].weight.nbytes
