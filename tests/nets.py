@@ -85,7 +85,8 @@ def use_method_file(path: Path) -> None:
     assert spec.loader is not None
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where pickle looks for the class
     spec.loader.exec_module(module)
-    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, AdapterLinear) and c is not AdapterLinear]
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == path.stem]
+    found = [c for c in classes if issubclass(c, AdapterLinear)]
     if len(found) != 1 or not callable(getattr(module, "closed_formula", None)):
         raise pytest.UsageError(
             f"--method-file {path} must hold one subclass of AdapterLinear, and a function closed_formula(in_features, "
@@ -160,6 +161,22 @@ def make_layer(
         torch.manual_seed(seed)
         linear = nn.Linear(in_features, out_features, bias).to(dtype)
         return CLASSES[variant[0]].from_linear(linear, rank, **{**variant[1], **options}).eval()
+
+
+def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
+    """Output of `model`, or of `run`, and the gradients of x and of everything that has one."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = (run or model)(x)
+    y.square().sum().backward()
+    return {"y": y.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Fail unless both have the same entries, bit for bit."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
 
 
 def snapshot(model: nn.Module) -> list[Any]:

@@ -39,7 +39,8 @@ def test_the_contract_runs_over_a_file_from_outside(tmp_path: Path) -> None:
 
 def test_a_method_that_breaks_the_contract_is_found(tmp_path: Path) -> None:
     forward = "    def adapted_forward(self, x: Tensor) -> Tensor:\n        return super().adapted_forward(1.01 * x)\n\n"
-    assert (before := "    def config(self)") in shown()
+    before = "    def config(self)"
+    assert before in shown()
     done = contract(tmp_path, shown().replace(before, forward + before), "effective_weight")
     assert done.returncode == 1
     assert "test_output_and_gradients_are_those_of_the_effective_weight[hira]" in done.stdout

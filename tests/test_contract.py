@@ -89,14 +89,14 @@ def check_against_dense(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> 
         if "norm_grad" in options_of(layer.method):  # the gradient through the norm may cancel the other one exactly
             exact.norm_grad = False
             terms = run(exact, x.double(), dy.double(), dense=True)
-        else:  # sums, and sums within sums: what cancels in one is weighed by another
-            exact.load_state_dict({name: value.abs() for name, value in exact.state_dict().items()})
-            terms = run(exact, x.double().abs(), dy.double().abs(), dense=True)
-    # A sum of few terms that cancel may come out exact in eager by luck: the size of what was added counts too.
-    added = exact.effective_weight().detach().abs() + exact.base_weight().abs()
-    sizes = {"y": x.double().abs() @ added.T, "x": dy.double().abs() @ added}
+        # A sum of few terms that cancel may come out exact in eager by luck: the size of what was added counts too.
+        added = exact.effective_weight().detach().abs() + exact.base_weight().abs()
+        sizes = {"y": x.double().abs() @ added.T, "x": dy.double().abs() @ added}
+        # Sums, and sums within sums: what cancels in one is weighed by another.
+        exact.load_state_dict({name: value.abs() for name, value in exact.state_dict().items()})
+        whole = run(exact, x.double().abs(), dy.double().abs(), dense=True)
     for name, expected in oracle.items():
-        spans = (terms[name], sizes.get(name, expected))
+        spans = (terms[name], whole[name], sizes.get(name, expected))
         assert_within_budget(name, actual[name], eager[name], expected, dtype, *spans)
         # `eager` may be the method's own code, and then says nothing of its formula. In fp64 that is right to far below fp32.
         assert_within_budget(f"{name} in fp64", wide[name], expected, expected, torch.float32, *spans)

@@ -31,7 +31,8 @@ def test_docstrings_name_several_over_several_lines() -> None:
 
 
 def test_gaps_and_strangers_are_found(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text('def test_a():\n    """Invariant §1: one; three."""\n\n\ndef helper():\n    """Invariant §1: two."""\n')
+    source = 'def test_a():\n    """Invariant §1: one; three."""\n\n\ndef helper():\n    """Invariant §1: two."""\n'
+    (tmp_path / "test_it.py").write_text(source, encoding="utf-8")
     marked = list(marked_tests(tmp_path))
     found = coverage({"1": {"invariants": ["one", "two"]}}, marked)
     assert found.tests[Invariant("1", "one")] == ["test_it.py::test_a"]

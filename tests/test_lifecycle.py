@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from budgets import assert_within_budget
-from nets import CLASSES, VARIANTS, make_layer, net, options_of, perturb, variant_id
+from nets import CLASSES, VARIANTS, assert_same, make_layer, net, options_of, outcome, perturb, variant_id
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,31 +23,15 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 
 def injected(variant: Variant, **options: Any) -> nn.Module:
     """A perturbed net whose encoder is adapted, in evaluation mode."""
-    model = inject_adapters(net(), "all-linear", 2, method=CLASSES[variant[0]], trainable="head", seed=0, **variant[1], **options)
+    method, options = CLASSES[variant[0]], {**variant[1], **options}
+    model = inject_adapters(net(), "all-linear", 2, method=method, trainable="head", seed=0, **options)
     perturb(model)
     return model.eval()
-
-
-def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
-    """Output of `model` and the gradients of everything that trains, and of x."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = (run or model)(x)
-    y.square().sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, **grads}
 
 
 def held(model: nn.Module) -> list[nn.Parameter]:
     """The adapters' parameters, a shared one once for each layer."""
     return [p for layer in adapters(model).values() for p in layer.adapter_parameters().values()]
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Fail unless both have the same entries, bit for bit."""
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
 
 
 @every_variant

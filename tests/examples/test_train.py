@@ -87,6 +87,7 @@ def test_defaults_depend_on_the_method_and_are_recorded():
     assert Settings(method="full").resolved().lr == 1e-4
     assert Settings(method="lora").resolved().lr == 1e-3
     assert Settings(method="linear-probe").resolved().lr == 1e-3
+    assert Settings(method="vera").resolved().lr == 1e-2
     assert Settings(method="full", lr=3e-5).resolved().lr == 3e-5
 
 
@@ -140,6 +141,14 @@ def test_what_trains(tiny, method):
         assert heads | {n for n in biases if "LayerNorm" in n} <= changed <= heads | biases
     else:
         assert changed == adapters | heads
+
+
+def test_boosters_reach_the_rank_in_rounds(tiny):
+    trainer = Trainer(tiny(method="xgblora", rank=6), quiet=True)
+    trainer.run()
+    assert trainer.controller.round == 3
+    layers = peftlite.adapters(trainer.network).values()
+    assert {(layer.rank, layer.boosters_a.shape[0]) for layer in layers} == {(2, 6)}
 
 
 def test_progressive_unfreezing_with_adapters_never_moves_the_base_below_them(tiny):

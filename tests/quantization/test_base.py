@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import VARIANTS, net, perturb, refused, variant_id
+from nets import VARIANTS, assert_same, net, outcome, perturb, refused, variant_id
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -48,22 +48,6 @@ def quantized_net(variant: tuple[str, dict[str, Any]], code: str = "nf4", dtype:
     inject_adapters(model, ENCODER, 2, method=variant[0], trainable="head", seed=0, **variant[1])
     perturb(model)
     return model.eval()
-
-
-def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
-    """Output and the gradients of x and of everything that trains."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = (run or model)(x)
-    y.square().sum().backward()
-    return {"y": y.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Fail unless both have the same entries, bit for bit."""
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
 
 
 @every_variant
