@@ -15,7 +15,6 @@ import torch
 import peftlite
 from docs.invariants import coverage, marked_tests
 from docs.invariants import sections as invariant_sections
-from peftlite.methods.xgblora import XGBLoRA
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,7 +24,7 @@ MARKS = {  # by suffix: how a block opens, with its name, and how it closes
 }
 WIDTH, RANK = 768, 8  # the layer of which the table counts the parameters
 SMALL = 128  # one large enough for the rank of its update
-CONTROLLERS = (peftlite.AdaLoRA, peftlite.DyLoRA, XGBLoRA)  # those of one method's layers
+CONTROLLERS = (peftlite.AdaLoRA, peftlite.DyLoRA, peftlite.XGBLoRA)  # those of one method's layers
 
 Cells = Sequence[str]
 

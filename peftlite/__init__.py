@@ -33,6 +33,7 @@ from peftlite.methods import ShareLoRALinear as ShareLoRALinear
 from peftlite.methods import TiedLoRALinear as TiedLoRALinear
 from peftlite.methods import TTLoRALinear as TTLoRALinear
 from peftlite.methods import VeRALinear as VeRALinear
+from peftlite.methods import XGBLoRA as XGBLoRA
 from peftlite.methods import XGBLoRALinear as XGBLoRALinear
 from peftlite.quantization import QuantizedLinear as QuantizedLinear
 from peftlite.quantize import dequantize_base as dequantize_base

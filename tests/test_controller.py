@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from peftlite import LISA, AdaLoRA, Controller, DyLoRA, RefLoRA, inject_adapters, param_groups
+from peftlite import LISA, AdaLoRA, Controller, DyLoRA, RefLoRA, XGBLoRA, inject_adapters, param_groups
 from peftlite.methods.dylora import DyLoRALinear
-from peftlite.methods.xgblora import XGBLoRA
 
 Make = Callable[[nn.Module, Optimizer], Controller]
 KINDS: dict[str, tuple[str | None, Make]] = {  # the method of the model, and the controller

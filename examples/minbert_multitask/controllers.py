@@ -10,7 +10,6 @@ from torch import Tensor, nn, optim
 
 import peftlite
 from examples.minbert_multitask.settings import Settings
-from peftlite.methods.xgblora import XGBLoRA
 
 Values = dict[str, Any]
 
@@ -34,8 +33,10 @@ def make_controller(
     if settings.method == "dylora":
         return peftlite.DyLoRA(backbones, optimizer, seed=settings.seed)
     if settings.method == "xgblora":
-        period = math.ceil(steps / BOOSTING_ROUNDS)
-        return XGBLoRA(backbones, optimizer, steps_per_round=period, rounds=BOOSTING_ROUNDS, seed=settings.seed)
+        period = max(1, steps // BOOSTING_ROUNDS)  # the last round has the rest
+        return peftlite.XGBLoRA(
+            backbones, optimizer, steps_per_round=period, rounds=BOOSTING_ROUNDS, seed=settings.seed
+        )
     if settings.method == "reflora":  # the paper's 100 steps of warm-up are too many for a short run
         return peftlite.RefLoRA(backbones, optimizer, warmup_steps=min(100, math.ceil(settings.warmup * steps) + 1))
     if settings.method == "lisa":

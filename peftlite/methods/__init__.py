@@ -20,6 +20,7 @@ from peftlite.methods.sharelora import ShareLoRALinear as ShareLoRALinear
 from peftlite.methods.tied_lora import TiedLoRALinear as TiedLoRALinear
 from peftlite.methods.tt_lora import TTLoRALinear as TTLoRALinear
 from peftlite.methods.vera import VeRALinear as VeRALinear
+from peftlite.methods.xgblora import XGBLoRA as XGBLoRA
 from peftlite.methods.xgblora import XGBLoRALinear as XGBLoRALinear
 
 METHODS: dict[str, type[AdapterLinear]] = {
