@@ -201,7 +201,7 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def standing(self) -> str:
-        """Which function the layer answers with: ``"adapted"``, ``"base"`` or ``"merged"``."""
+        """The function that the layer answers with, ``"adapted"``, ``"base"`` or ``"merged"``."""
         return self._standing
 
     def stand(self, standing: str, merged_weight: Tensor | None = None) -> tuple[str, Tensor | None]:
