@@ -6,6 +6,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+from nets import CLASSES, use_method_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -47,7 +50,9 @@ def test_a_method_that_breaks_the_contract_is_found(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_method_or_a_count_is_refused(tmp_path: Path) -> None:
-    done = contract(tmp_path, shown().split("def closed_formula")[0])
-    assert done.returncode == 4
-    assert "must hold one subclass of AdapterLinear, and a function closed_formula(in_features" in done.stderr
-    assert "it holds ['HiRALinear']" in done.stderr
+    path = tmp_path / "toy_without_count.py"
+    path.write_text(shown().split("def closed_formula")[0], encoding="utf-8")
+    before = dict(CLASSES)
+    with pytest.raises(pytest.UsageError, match=r"and a function closed_formula\(in_features, .* it holds \['HiRALinear'\]"):
+        use_method_file(path)
+    assert before == CLASSES
