@@ -38,13 +38,20 @@ import torch
 from torch import nn
 import peftlite
 from peftlite import *
+from peftlite.analysis.intervention import scale_intruders
+from peftlite.analysis.intruders import intruder_report
+from peftlite.analysis.step import benchmark_step
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
 from peftlite.kernels.paca_linear import paca_linear
 from peftlite.kernels.row_norm import row_norm
+from peftlite.methods.sdlora import reduced_rank
 from peftlite.sharing import SharedPool, group_of
 from peftlite.quantization import Format
 from peftlite.targets import matches
+from peftlite.training.lora_gen import LoRAGenerator, load_balance_loss
+here = tempfile.TemporaryDirectory()  # examples may write files
+os.chdir(here.name)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 """

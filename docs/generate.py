@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import peftlite
 from docs import step_tables
+from docs.invariants import coverage, marked_tests
+from docs.invariants import sections as invariant_sections
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,6 +24,8 @@ MARKS = {  # by suffix: how a block opens, with its name, and how it closes
     ".rst": (r"\.\. generated: (\w+)\n", ".. end"),
 }
 WIDTH, RANK = 768, 8  # the layer of which the table counts the parameters
+SMALL = 128  # one large enough for the rank of its update
+CONTROLLERS = (peftlite.AdaLoRA, peftlite.DyLoRA, peftlite.XGBLoRA)  # those of one method's layers
 
 Cells = Sequence[str]
 
@@ -122,6 +128,70 @@ def _place(run: Mapping[str, Any]) -> str:
     return f"{where}, Python {facts['python']}, torch {facts['torch']}; commit `{(facts['commit'] or 'none')[:10]}`"
 
 
+def invariants() -> str:
+    """A table for each section of the list: what must hold, and the tests that show it."""
+    listed = invariant_sections()
+    tests = coverage(listed, list(marked_tests(ROOT / "tests"))).tests
+    parts = []
+    for number, section in listed.items():
+        title = f"§{number} {section['title']}"
+        own = {text: of for (section_number, text), of in tests.items() if section_number == number}
+        rows = [[text, ", ".join(f"``{test}``" for test in of)] for text, of in own.items()]
+        parts += [f"{title}\n{'-' * len(title)}", *filter(None, [section["source"]]), rst_table(["invariant", "tests"], rows)]
+    return "\n\n".join(parts)
+
+
+def choices() -> str:
+    """What each method trains, costs and exports to, from the code, and what was measured on minBERT.
+
+    The measurements are those of `benchmarks.methods`: of ``methods_cost.json`` the cell ``minBERT``, of
+    ``methods_accuracy.json`` the cell of each method. Without a file its columns are left out; a method that it lacks has a
+    dash.
+    """
+    cost = _cells("methods_cost.json").get("minBERT", {"figures": {"candidates": {}}})["figures"]["candidates"]
+    accuracy = {name: cell["figures"]["dev"] for name, cell in _cells("methods_accuracy.json").items()}
+    measured: dict[str, dict[str, str]] = {}
+    if cost:
+        measured["trained, minBERT"] = {name: f"{row['trained']:,}" for name, row in cost.items()}
+        measured["step, × LoRA"] = {name: f"{row['relative']['step'][0]:.2f}" for name, row in cost.items()}
+        measured["saved, MiB"] = {name: f"{row['saved_mib']:.1f}" for name, row in cost.items()}
+    if accuracy:
+        measured["SST acc."] = {name: f"{value:.3f}" for name, value in accuracy.items()}
+    controllers = {method: cls.__name__ for cls in CONTROLLERS for method in cls.methods}
+    rows = []
+    for name in peftlite.METHODS:
+        own = [column.get(name, "–") for column in measured.values()]
+        rows.append([f":ref:`{name} <method-{name}>`", *layer_facts(name), controllers.get(name, "–"), *own])
+    header = ["method", f"trained, {WIDTH} → {WIDTH}, r = {RANK}", "share of LoRA", "rank of ΔW", "as plain LoRA", "controller"]
+    table = rst_table([*header, *measured], rows)
+    note = "Of minBERT: ``python -m benchmarks.methods``." if measured else "No measured result is committed yet."
+    return f"{note}\n\n{table}"
+
+
+def layer_facts(name: str) -> list[str]:
+    """Of one layer of a method, with values drawn for what trains: trained parameters, these relative to LoRA's, the rank that
+    its update has, and whether it exports as LoRA."""
+    cls = peftlite.METHODS[name]
+    trained = sum(p.numel() for p in cls(WIDTH, WIDTH, RANK).adapter_parameters().values())
+    generator = torch.Generator().manual_seed(0)
+    layer = cls(SMALL, SMALL, RANK, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        for parameter in layer.adapter_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        rank = int(torch.linalg.matrix_rank(layer.effective_weight() - layer.base_weight(), rtol=1e-10))
+    try:
+        export = f"rank {layer.to_lora()[0].shape[0]}"
+    except ValueError:
+        export = "merged only"
+    return [f"{trained:,}", f"{trained / (RANK * 2 * WIDTH):.3f}", "full" if rank == SMALL else str(rank), export]
+
+
+def _cells(name: str) -> dict[str, Any]:
+    path = RESULTS / name
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+    return found
+
+
 def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
     path = RESULTS / name
     return render(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "No result is committed yet."
@@ -135,6 +205,8 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "layers": lambda: _read("layer.json", lambda found: step_tables.layers(found["cells"], rst_table, "``")),
         "cells": lambda: _read("steps.json", lambda found: step_tables.cells(found["cells"], rst_table, "``")),
     },
+    "docs/choosing_a_method.rst": {"choices": choices},
+    "docs/invariants.rst": {"invariants": invariants},
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
 }
 

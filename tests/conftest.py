@@ -1,7 +1,9 @@
 """Settings of the suite: one hypothesis profile for laptop and CI alike, and one thread."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +18,16 @@ torch.set_num_threads(1)
 def pytest_runtest_setup() -> None:
     """The same random numbers in every test, alone or in company."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--method-file PATH`` runs the contract over a method that is not in the library."""
+    parser.addoption("--method-file", type=Path, help="file with the method that the contract runs over, in place of METHODS")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take the method of ``--method-file`` before any test asks which methods there are."""
+    if (path := config.getoption("--method-file")) is not None:
+        import nets
+
+        nets.use_method_file(path)

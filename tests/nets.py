@@ -1,15 +1,22 @@
 """Small models, the variants of every method, and the check that an error has changed nothing."""
 
 import contextlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from counts import COUNTS
 from torch import Tensor, nn
 
 from peftlite import METHODS, AdapterLinear
+
+# What the contract runs over: the library's methods, or the one of `use_method_file`.
+CLASSES: dict[str, type[AdapterLinear]] = dict(METHODS)
 
 # Values to try for options that are neither flags nor numbers; "method.option" goes before "option".
 # None: no value fits every layer here, or leaves its function alone; the method's own tests cover the option.
@@ -44,16 +51,16 @@ NUMBERS: dict[str, Any] = {
 
 def options_of(method: str) -> list[str]:
     """The options of a method, read from its `build`."""
-    return [name for name in inspect.signature(METHODS[method].build).parameters if name != "self"]
+    return [name for name in inspect.signature(CLASSES[method].build).parameters if name != "self"]
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
     """Every method plain, and with each of its options changed; an option that nobody covers here is an error."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for method in METHODS:
+    for method in CLASSES:
         found.append((method, {}))
         for name in options_of(method):
-            default = inspect.signature(METHODS[method].build).parameters[name].default
+            default = inspect.signature(CLASSES[method].build).parameters[name].default
             if (key := f"{method}.{name}" if f"{method}.{name}" in CHOICES else name) in CHOICES:
                 choice = CHOICES[key]
             else:
@@ -68,6 +75,27 @@ def variant_id(variant: tuple[str, dict[str, Any]]) -> str:
 
 
 VARIANTS = variants()
+
+
+def use_method_file(path: Path) -> None:
+    """Run the contract over the method in `path` instead: one subclass of `AdapterLinear`, and ``closed_formula``, which
+    gives the number of its trained parameters from in_features, out_features and rank."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where pickle looks for the class
+    spec.loader.exec_module(module)
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == path.stem]
+    found = [c for c in classes if issubclass(c, AdapterLinear)]
+    if len(found) != 1 or not callable(getattr(module, "closed_formula", None)):
+        raise pytest.UsageError(
+            f"--method-file {path} must hold one subclass of AdapterLinear, and a function closed_formula(in_features, "
+            f"out_features, rank) that counts its parameters; it holds {[c.__name__ for c in found]}."
+        )
+    CLASSES.clear()
+    CLASSES[found[0].method] = found[0]
+    COUNTS[found[0].method] = module.closed_formula
+    VARIANTS[:] = variants()
 
 
 class Block(nn.Module):
@@ -132,7 +160,23 @@ def make_layer(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         linear = nn.Linear(in_features, out_features, bias).to(dtype)
-        return METHODS[variant[0]].from_linear(linear, rank, **{**variant[1], **options}).eval()
+        return CLASSES[variant[0]].from_linear(linear, rank, **{**variant[1], **options}).eval()
+
+
+def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
+    """Output of `model`, or of `run`, and the gradients of x and of everything that has one."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = (run or model)(x)
+    y.square().sum().backward()
+    return {"y": y.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Fail unless both have the same entries, bit for bit."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
 
 
 def snapshot(model: nn.Module) -> list[Any]:

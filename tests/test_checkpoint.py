@@ -57,6 +57,7 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_round_trip_is_bit_equal(variant: tuple[str, dict[str, Any]], dtype: torch.dtype, tmp_path: Path) -> None:
+    """Invariant §1: saved and loaded bit for bit."""
     path = tmp_path / "new" / "adapters.safetensors"
     model = trained_net(variant[0], dtype, **variant[1])
     save_adapters(model, path)
@@ -74,6 +75,7 @@ def test_round_trip_is_bit_equal(variant: tuple[str, dict[str, Any]], dtype: tor
 
 
 def test_saves_what_trains_and_nothing_else(saved: Path) -> None:
+    """Invariant §20: files hold adapters alone, shared tensors once, and what does not fit is refused."""
     with safe_open(saved, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata()
     own = {f"encoder.{i}.{name}.lora_{factor}" for i in (0, 1) for name in ("query", "up") for factor in "ab"}
@@ -209,6 +211,7 @@ EDITS: list[tuple[Edit, str]] = [
 
 @pytest.mark.parametrize(("edit", "match"), EDITS)
 def test_a_file_that_does_not_fit(edit: Edit, match: str, saved: Path) -> None:
+    """Invariant §20: files hold adapters alone, shared tensors once, and what does not fit is refused."""
     rewrite(saved, edit)
     with refused(model := net(), rf"adapters.safetensors: .*{match}|adapters.safetensors: {match}"):
         load_adapters(model, saved)

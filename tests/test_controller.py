@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from peftlite import LISA, AdaLoRA, Controller, DyLoRA, RefLoRA, inject_adapters, param_groups
+from peftlite import LISA, AdaLoRA, Controller, DyLoRA, RefLoRA, XGBLoRA, inject_adapters, param_groups
 from peftlite.methods.dylora import DyLoRALinear
 
 Make = Callable[[nn.Module, Optimizer], Controller]
@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[str | None, Make]] = {  # the method of the model, and th
     "dylora": ("dylora", lambda m, o: DyLoRA(m, o, seed=3)),
     "reflora": ("lora", lambda m, o: RefLoRA(m, o, warmup_steps=2)),
     "reflora-s": ("dora", lambda m, o: RefLoRA(m, o, variant="scalar", warmup_steps=2)),
+    "xgblora": ("xgblora", lambda m, o: XGBLoRA(m, o, steps_per_round=3, layers_per_round=1, seed=3)),
     "lisa": (None, lambda m, o: LISA(m, o, "encoder", active=1, period=2, seed=3)),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -76,6 +77,12 @@ def assert_equal_states(actual: nn.Module, expected: nn.Module) -> None:
     """Fail unless both models hold the same values, bit for bit."""
     for key, value in expected.state_dict().items():
         assert torch.equal(actual.state_dict()[key], value), key
+
+
+def drawn(controller: Controller) -> Any:
+    """What a controller has drawn for its next step; None for those that draw nothing."""
+    found = getattr(controller, "rank", getattr(controller, "chosen", None))
+    return found() if callable(found) else found
 
 
 def apart(first: nn.Module, second: nn.Module) -> float:
@@ -226,6 +233,7 @@ def test_closures_wrappers_and_seeds_are_refused() -> None:
 
 
 def test_draws_depend_on_seed_and_step_alone() -> None:
+    """Invariant §20: what is drawn depends on seed and step alone, in every process."""
     _, _, first = made("dylora")
     torch.manual_seed(8)
     draw = [torch.rand(3, generator=first.generator(step)) for step in (0, 1, 0)]
@@ -279,7 +287,7 @@ for kind in t.KINDS:
             controller = t.KINDS[kind][1](parallel, optimizer)
             optimizer.load_state_dict(own)
             controller.load_state_dict(state)
-        chosen.append(getattr(controller, "rank", getattr(controller, "chosen", None)))
+        chosen.append(t.drawn(controller))
         x, target = t.batch(step)
         t.F.mse_loss(parallel(x[rank::2]), target[rank::2]).backward()
         optimizer.step()
@@ -291,6 +299,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_act_alike(tmp_path: Path) -> None:
+    """Invariant §20: what is drawn depends on seed and step alone, in every process."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     root = Path(__file__).resolve().parents[1]
@@ -304,12 +313,13 @@ def test_two_processes_act_alike(tmp_path: Path) -> None:
         model, optimizer, controller = made(kind)
         alone = []
         for step in range(12):
-            alone.append(getattr(controller, "rank", getattr(controller, "chosen", None)))
+            alone.append(drawn(controller))
             train(model, optimizer, range(step, step + 1))
         assert found["chosen"] == second[kind]["chosen"] == alone
         assert all(torch.equal(value, second[kind]["state"][key]) for key, value in found["state"].items()), kind
     assert len(set(map(str, first["dylora"]["chosen"]))) > 1
     assert len(set(map(str, first["lisa"]["chosen"]))) > 1
+    assert len(set(map(str, first["xgblora"]["chosen"]))) > 1
 
 
 def test_what_is_drawn_stays_out_of_evaluation_and_of_the_file() -> None:

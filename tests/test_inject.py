@@ -101,6 +101,7 @@ def test_a_module_under_two_names_is_replaced_under_both(targets: str) -> None:
 
 
 def test_disable_adapters_is_the_base_bit_for_bit_and_nests() -> None:
+    """Invariant §1: disabled ≡ base."""
     base, model, x = net().eval(), inject_adapters(net(), "all-linear", 2, method="dora").eval(), torch.randn(5, 8)
     perturb(model)
     adapted = model(x)

@@ -38,7 +38,7 @@ def report(before: Tensor, after: Tensor, **options: Any) -> Any:
 
 
 def test_equal_weights_have_none() -> None:
-    """Invariant §17: W1 = W0 gives 0."""
+    """Invariant §17: equal weights have none."""
     w = base_of()[0]
     found = report(w, w.clone())
     assert (found.total(), found.matrices, found.unchanged) == (0, (), ("w",))
@@ -48,7 +48,7 @@ def test_equal_weights_have_none() -> None:
 
 
 def test_a_large_random_spike_is_one_intruder() -> None:
-    """Invariant §17: a large random rank-1 spike gives exactly 1."""
+    """Invariant §17: a large random spike is exactly one."""
     w, _, sigma, _ = base_of(60, 60)
     spiked = w + 3 * sigma[0] * torch.outer(unit(60, 1), unit(60, 2))
     found = report(w, spiked, top=10)
@@ -60,13 +60,13 @@ def test_a_large_random_spike_is_one_intruder() -> None:
 
 
 def test_a_spike_along_the_base_is_none() -> None:
-    """Invariant §17: a spike of the same size along u0_1 v0_1ᵀ gives 0."""
+    """Invariant §17: a spike along the base's first direction is none."""
     w, u, sigma, v = base_of()
     assert report(w, w + 3 * sigma[0] * torch.outer(u[:, 0], v[:, 0])).total() == 0
 
 
 def test_small_dense_noise_makes_none() -> None:
-    """Invariant §17: tiny dense noise on a well-separated spectrum gives 0."""
+    """Invariant §17: small noise on a well-separated spectrum makes none."""
     w = base_of()[0]
     noise = 1e-3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     found = report(w, w + noise, thresholds=(0.3, 0.9))
@@ -76,7 +76,7 @@ def test_small_dense_noise_makes_none() -> None:
 
 @given(seed=st.integers(0, 999), size=st.floats(0.1, 40))
 def test_counts_grow_with_threshold_and_top(seed: int, size: float) -> None:
-    """Invariant §17: monotone in ε and in k."""
+    """Invariant §17: counts grow with ε and with k."""
     w = base_of(12, 15)[0]
     after = w + size * torch.outer(unit(12, seed), unit(15, seed + 1000))
     few, many = (report(w, after, top=top) for top in (3, 8))
@@ -88,7 +88,7 @@ def test_counts_grow_with_threshold_and_top(seed: int, size: float) -> None:
 
 
 def test_effective_and_stable_rank_and_norms() -> None:
-    """Invariant §17: erank(I_n) = n, erank(rank 1) = 1."""
+    """Invariant §17: the effective rank of I_n is n, that of a rank-1 matrix 1."""
     w = torch.diag(torch.arange(9.0, 0, -1, dtype=torch.float64))
     found = report(w, w + torch.eye(9, dtype=torch.float64)).matrices[0]
     assert found.effective_rank == pytest.approx(9, rel=1e-12)
@@ -203,7 +203,7 @@ def spiked_net(method: str, rank: int = 3, **options: Any) -> nn.Module:
 
 
 def test_factor_one_changes_nothing() -> None:
-    """Invariant §17: λ = 1 is a no-op."""
+    """Invariant §17: factor 1 changes nothing."""
     w = base_of()[0]
     after = {"w": w + 90 * torch.outer(unit(24, 1), unit(20, 2))}
     kept = after["w"].clone()
@@ -212,7 +212,7 @@ def test_factor_one_changes_nothing() -> None:
 
 
 def test_factor_zero_removes_the_direction() -> None:
-    """Invariant §17: λ = 0 gives u_jᵀ W1' v_j = 0."""
+    """Invariant §17: factor 0 leaves u_jᵀ W v_j = 0."""
     w = base_of()[0]
     after = w + 90 * torch.outer(unit(24, 1), unit(20, 2))
     u, sigma, v = find_intruders(w, after, top=10, threshold=0.7)

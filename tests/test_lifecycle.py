@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from budgets import assert_within_budget
-from nets import VARIANTS, make_layer, net, options_of, perturb, variant_id
+from nets import CLASSES, VARIANTS, assert_same, make_layer, net, options_of, outcome, perturb, variant_id
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,19 +23,10 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 
 def injected(variant: Variant, **options: Any) -> nn.Module:
     """A perturbed net whose encoder is adapted, in evaluation mode."""
-    model = inject_adapters(net(), "all-linear", 2, method=variant[0], trainable="head", seed=0, **variant[1], **options)
+    method, options = CLASSES[variant[0]], {**variant[1], **options}
+    model = inject_adapters(net(), "all-linear", 2, method=method, trainable="head", seed=0, **options)
     perturb(model)
     return model.eval()
-
-
-def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
-    """Output of `model` and the gradients of everything that trains, and of x."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = (run or model)(x)
-    y.square().sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, **grads}
 
 
 def held(model: nn.Module) -> list[nn.Parameter]:
@@ -43,15 +34,9 @@ def held(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in adapters(model).values() for p in layer.adapter_parameters().values()]
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Fail unless both have the same entries, bit for bit."""
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
-
-
 @every_variant
 def test_deepcopy_and_pickle(variant: Variant) -> None:
+    """Invariant §20: casts, copies, meta device, autocast and compilation."""
     model, x = injected(variant), torch.randn(5, 8)
     expected = outcome(model, x)
     pickled = io.BytesIO()
@@ -68,13 +53,14 @@ def test_deepcopy_and_pickle(variant: Variant) -> None:
 @every_variant
 def test_state_dict_round_trip(variant: Variant) -> None:
     model, x = injected(variant), torch.randn(5, 8)
-    other = inject_adapters(net(7), "all-linear", 2, method=variant[0], trainable="head", seed=9, **variant[1]).eval()
+    other = inject_adapters(net(7), "all-linear", 2, method=CLASSES[variant[0]], trainable="head", seed=9, **variant[1]).eval()
     other.load_state_dict(model.state_dict())
     assert_same(outcome(other, x), outcome(model, x))
 
 
 @every_variant
 def test_to_bf16_and_back(variant: Variant) -> None:
+    """Invariant §20: casts, copies, meta device, autocast and compilation."""
     model, x = injected(variant), torch.randn(5, 8)
     model.to(torch.bfloat16)
     y = model(x.bfloat16())
@@ -112,9 +98,10 @@ def test_gradient_checkpointing(variant: Variant, reentrant: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, inside
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CLASSES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compile_fullgraph(method: str, autocast: bool) -> None:
+    """Invariant §20: casts, copies, meta device, autocast and compilation."""
     torch.compiler.reset()
     layers = nn.Sequential(make_layer((method, {}), 8, 13, 3), make_layer((method, {}), 13, 5, 2, bias=False))
     perturb(layers)

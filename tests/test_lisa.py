@@ -38,8 +38,10 @@ def step(model: nn.Module, optimizer: Any, seed: int) -> None:
 
 
 def test_what_trains_moves_and_has_moments() -> None:
-    """Invariant §8: γ layers + E, H train; frozen layers bit-identical; active set changes only at multiples of K; state keys
-    == trainable parameters; every sampled layer moves after one step; every layer eventually sampled."""
+    """Invariant §8: exactly γ layers train, beside embedding and head; frozen layers stay bit for bit; every layer is drawn in
+    the end; the active set changes at multiples of K only; the optimizer holds states of what trains and of nothing else;
+    every drawn layer moves in one step.
+    """
     model, optimizer, controller = made()
     blocks, outside = list(model[1]), [*model[0].parameters(), *model[2].parameters()]
     seen: Counter[int] = Counter()
@@ -88,7 +90,7 @@ def test_moments_of_a_layer_that_stays_are_kept_and_of_one_that_returns_are_new(
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_with_all_layers_it_is_full_fine_tuning(optimizer: Any) -> None:
-    """Invariant §8: γ = N_L ≡ full fine-tuning bit-for-bit."""
+    """Invariant §8: γ = N ≡ full fine-tuning, bit for bit."""
     model, steps, _ = made(optimizer, active=6)
     plain = tower()
     other = optimizer(plain.parameters(), lr=0.01)
@@ -99,7 +101,7 @@ def test_with_all_layers_it_is_full_fine_tuning(optimizer: Any) -> None:
 
 
 def test_schedule() -> None:
-    """Invariant §8: same seed ⇒ same schedule; uniform, or by weight."""
+    """Invariant §8: a seed gives one schedule."""
     first, second, other = (made(seed=seed)[2] for seed in (4, 4, 5))
     torch.manual_seed(3)
     draws = [[controller.chosen_at(step) for step in range(0, 3000, 3)] for controller in (first, second, other)]

@@ -45,7 +45,7 @@ def updates(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mix", ["factors", "products"])
 def test_a_one_hot_router_gives_that_expert(mix: str) -> None:
-    """Invariant §15: one-hot router is that expert's plain LoRA."""
+    """Invariant §15: a one-hot router ≡ that expert's LoRA."""
     pool = LoRAExpertPool(KINDS, 4, 2, b_std=0.3).double()
     gates = torch.eye(4, dtype=torch.float64)[2]
     mixed = pool(gates, mix=mix, top=1)
@@ -55,7 +55,7 @@ def test_a_one_hot_router_gives_that_expert(mix: str) -> None:
 
 
 def test_gates_sum_to_one_with_k_of_them_not_zero() -> None:
-    """Invariant §15: ΣG = 1, exactly K non-zeros."""
+    """Invariant §15: gates sum to one, exactly K of them not zero."""
     for top in (1, 2, 4):
         gates = LayerwiseRouter(5, 4, top).double()(torch.randn(3, 7, 5, dtype=torch.float64))
         assert gates.shape == (3, 7, 4)
@@ -74,7 +74,7 @@ def test_the_largest_scores_win() -> None:
 
 
 def test_load_balance() -> None:
-    """Invariant §15: L_cv = 0 for uniform load."""
+    """Invariant §15: the balance loss is zero for uniform load."""
     uniform = torch.eye(4, dtype=torch.float64).repeat(3, 1)
     assert load_balance_loss(uniform) == 0
     assert load_balance_loss(uniform.view(2, 6, 4)) == 0
@@ -86,7 +86,7 @@ def test_load_balance() -> None:
 
 @pytest.mark.parametrize(("mix", "rank"), [("factors", 2), ("products", 4)])
 def test_loaded_as_a_standard_adapter_it_computes_the_same(tmp_path: Any, mix: str, rank: int) -> None:
-    """Invariant §15: generated adapter loaded as standard LoRA is the functional forward."""
+    """Invariant §15: the generated adapter, loaded as a standard one ≡ the functional forward."""
     model, generator = generator_of(rank, mix=mix)
     state, _ = generator.eval()(states())
     x = torch.randn(4, 8, dtype=torch.float64)
@@ -100,14 +100,14 @@ def test_loaded_as_a_standard_adapter_it_computes_the_same(tmp_path: Any, mix: s
 
 
 def test_a_pool_of_zero_b_is_the_base() -> None:
-    """Invariant §15: zero-B pool is the base."""
+    """Invariant §15: a pool of zero B ≡ the base."""
     model, generator = generator_of(b_std=0.0)
     x = torch.randn(4, 8, dtype=torch.float64)
     assert torch.equal(functional_call(model, generator(states())[0], x), net().double().eval()(x))
 
 
 def test_products_are_the_mix_of_updates_and_factors_have_cross_terms() -> None:
-    """Invariant §15: mix="products" is Σ G_j ΔW_j."""
+    """Invariant §15: mix="products" ≡ Σ G_j ΔW_j."""
     model, generator = generator_of(4, mix="products")
     state, gates = generator(states())
     pool = generator.pool

@@ -26,6 +26,11 @@ def injected(variant: tuple[str, dict[str, Any]] = ("lora", {}), dtype: torch.dt
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merged_weights_are_rounded_once(variant: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
+    """Invariant §1: merged ≡ unmerged.
+    Invariant §2: merged ≡ unmerged.
+    Invariant §5: merged ≡ unmerged.
+    Invariant §20: merged ≡ unmerged with perturbed adapters.
+    """
     model = injected(variant, dtype)
     with torch.no_grad():
         exact = {n: layer.effective_weight() for n, layer in adapters(copy.deepcopy(model)).items()}
@@ -80,6 +85,7 @@ def test_a_newborn_adapter_changes_nothing() -> None:
 @pytest.mark.parametrize("where", ["lora_b", "weight", "inf"])
 @pytest.mark.parametrize("function", [merge_adapters, lambda model: merged(model).__enter__()])
 def test_not_finite(where: str, function: Any) -> None:
+    """Invariant §20: merging and restoring leaves no trace, and NaN is noticed."""
     model = injected()
     tensor = getattr(adapters(model)["encoder.1.up"], "weight" if where == "inf" else where)
     tensor.data[1, 1] = torch.inf if where == "inf" else torch.nan
@@ -132,6 +138,9 @@ def test_tied_weights_are_refused_but_may_be_merged_for_a_while(target: str, mat
 
 @given(seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
 def test_merged_block_restores_every_bit(seed: int, dtype: torch.dtype) -> None:
+    """Invariant §1: merging for a while restores every bit.
+    Invariant §20: merging and restoring leaves no trace, and NaN is noticed.
+    """
     model, x = injected(dtype=dtype), torch.randn(3, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
     perturb(model, seed)
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,6 +1,7 @@
 """The readme and the pages: their code runs, their commands exist, their generated blocks are up to date."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -126,6 +127,31 @@ def test_missing_results_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
     assert generate.results().count("No result is committed yet.") == 2
     assert generate.results().count("| not measured |") == len(CLAIMS)
+
+
+def test_choices_take_what_was_measured_and_do_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert "No measured result is committed yet" in (without := generate.choices())
+    assert without.count("* - :ref:") == len(peftlite.METHODS)
+    cost = {"trained": 1234, "relative": {"step": [1.254, 1.2, 1.3]}, "saved_mib": 12.34}
+    cells = {"minBERT": {"figures": {"candidates": {"dora": cost}}}}
+    (tmp_path / "methods_cost.json").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "methods_accuracy.json").write_text(json.dumps({"cells": {"dora": {"figures": {"dev": 0.4876}}}}))
+    table = [" ".join(row.split()) for row in generate.choices().split("* - ")]
+    assert table[1].endswith("- controller - trained, minBERT - step, × LoRA - saved, MiB - SST acc.")
+    dora = next(row for row in table if "method-dora" in row)
+    assert dora.endswith("13,056 - 1.062 - full - merged only - – - 1,234 - 1.25 - 12.3 - 0.488")
+    assert next(row for row in table if "method-vera" in row).endswith("- – - – - – - – - –")
+
+
+@pytest.mark.parametrize("method", peftlite.METHODS)
+def test_the_page_of_a_method_is_whole(method: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{method}.rst").read_text(encoding="utf-8")
+    docstring = peftlite.METHODS[method].__doc__ or ""
+    missing = [part for part in ("**When to use it.**", "**Cost.** Trained", "**What to tune.**", ">>> ") if part not in page]
+    missing += [part for part in ("Compute ``", "Args:", "Source: ", "Example:") if part not in docstring]
+    assert missing == []
+    assert "differ" in page + docstring
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -49,7 +49,7 @@ def products(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_metric(rank: int) -> None:
-    """Invariant §14: Riccati identity S (A Aᵀ) S = Bᵀ B; product preserved; balance ÃÃᵀ = B̃ᵀB̃."""
+    """Invariant §14: S (A Aᵀ) S = Bᵀ B; refactoring preserves B A; refactored factors are balanced."""
     pairs = [factors(rank, seed) for seed in range(4)]
     gram_a, gram_b = torch.stack([a @ a.T for a, _ in pairs]), torch.stack([b.T @ b for _, b in pairs])
     damping = 1e-12
@@ -81,7 +81,7 @@ def test_balanced_factors_have_the_identity() -> None:
 
 
 def test_zero_and_infinite_factors_are_left_alone() -> None:
-    """Invariant §14: zero-B guard does not produce NaN."""
+    """Invariant §14: B = 0 gives no NaN."""
     gram = torch.eye(3).double()
     for bad in (torch.zeros(3, 3), torch.full((3, 3), math.nan), torch.full((3, 3), math.inf)):
         for pair in ((gram, bad.double()), (bad.double(), gram)):
@@ -102,7 +102,7 @@ def test_factors_of_deficient_rank_stay_finite(dtype: torch.dtype) -> None:
 
 
 def test_the_step_does_not_depend_on_the_gauge() -> None:
-    """Invariant §14: update of BA under SGD is identical for any gauge (QA, BQ⁻¹), whereas plain LoRA's is not."""
+    """Invariant §14: an SGD step of B A does not depend on the gauge, as plain LoRA's does."""
     spread = {}
     for refactored in (True, False):
         updates = []
@@ -157,7 +157,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize(("optimizer", "settings"), OPTIMIZERS)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_the_scalar_version(optimizer: Any, settings: Any, method: str) -> None:
-    """Invariant §14: scalar version preserves BA and equalises norms; moments follow the gradients' scale."""
+    """Invariant §14: the scalar version preserves B A and equalises the norms."""
     model, steps, controller = made(lambda groups: optimizer(groups, **settings), method=method, variant="scalar")
     act, ratios = controller.after_step, []
 
@@ -195,7 +195,9 @@ def test_an_optimizer_whose_state_is_unknown() -> None:
 
 @pytest.mark.parametrize("variant", ["matrix", "scalar"])
 def test_an_endless_warm_up_is_lora_and_an_interval_spares_steps(variant: str) -> None:
-    """Invariant §14: hook with warmup = ∞ ≡ LoRA."""
+    """Invariant §14: an endless warm-up ≡ LoRA.
+    Invariant §20.7: RefLoRA with an endless warm-up.
+    """
     model, optimizer, controller = made(torch.optim.AdamW, variant=variant, warmup_steps=10**9)
     plain, other, detached = made(torch.optim.AdamW)
     detached.detach()

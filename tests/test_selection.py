@@ -38,7 +38,7 @@ def test_the_outermost_number_counts_and_names_that_only_end_alike_are_left_alon
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_gradient_is_computed_below(method: str) -> None:
-    """Invariant §16: top-K: no grads below the lowest adapted layer."""
+    """Invariant §16: adapters in the top layers: no gradient is computed below."""
     model = net()
     inject_adapters(model, top_layers(model, ["query", "up"], 1), 2, method=method)
     perturb(model)

@@ -103,7 +103,9 @@ def injected_like(model: nn.Module) -> nn.Module:
 @every_variant
 @pytest.mark.parametrize("change", CHANGES)
 def test_shared_tensors_stay_shared(variant: Variant, change: str) -> None:
-    """Invariant §4, §11: ``id(A)`` is equal across layers after ``.to()``, deepcopy, reload."""
+    """Invariant §4: the tied A is one Parameter after moves, deepcopy and reload.
+    Invariant §11: what is shared stays so through moves, saving and loading.
+    """
     model = injected(variant)
     expected = ties(model)
     assert expected
@@ -115,7 +117,7 @@ def test_shared_tensors_stay_shared(variant: Variant, change: str) -> None:
 
 @every_variant
 def test_shared_parameters_are_counted_once(variant: Variant) -> None:
-    """Invariant §11: counts."""
+    """Invariant §11: counts of the three variants."""
     model = injected(variant)
     trained = {id(p): p.numel() for layer in adapters(model).values() for p in layer.adapter_parameters().values()}
     held = sum(p.numel() for layer in adapters(model).values() for p in layer.adapter_parameters().values())
@@ -130,7 +132,10 @@ def test_shared_parameters_are_counted_once(variant: Variant) -> None:
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shared_tensors_are_saved_once_and_shared_after_a_load(variant: Variant, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Invariant §11: tying survives save and load, shared tensors are in the file once."""
+    """Invariant §4: the tied A is one Parameter after moves, deepcopy and reload.
+    Invariant §11: what is shared stays so through moves, saving and loading.
+    Invariant §20: files hold adapters alone, shared tensors once, and what does not fit is refused.
+    """
     model = injected(variant, net().to(dtype), rank_pattern={"1.up": 3})
     save_adapters(model, tmp_path / "f")
     state = {f"{n}.{key}": t for n, layer in adapters(model).items() for key, t in layer.state_dict(keep_vars=True).items()}
@@ -162,7 +167,9 @@ def untied(model: nn.Module) -> nn.Module:
 
 @every_variant
 def test_the_gradient_of_a_shared_tensor_is_the_sum_over_its_layers(variant: Variant) -> None:
-    """Invariant §4, §11: the shared gradient is the sum of the per-layer gradients of an untied copy."""
+    """Invariant §4: the tied gradient is the sum of those of an untied copy.
+    Invariant §11: the shared gradient is the sum of those of an untied copy.
+    """
     linears = [OrderedDict(query=nn.Linear(8, 8), value=nn.Linear(8, 8, bias=False)) for _ in range(2)]
     tied = injected(variant, nn.Sequential(*(nn.Sequential(block) for block in linears)).double())
     with torch.no_grad():  # small integers, so that every sum is exact in any order

@@ -27,7 +27,7 @@ def report() -> StepReport:
 
 
 def test_lora_needs_less_memory_than_full_fine_tuning(report: StepReport) -> None:
-    """Invariant §16: the benchmark reports LoRA memory < full FT on a fixed toy model."""
+    """Invariant §16: LoRA takes less memory than full fine-tuning."""
     full, lora, frozen = report["full"], report["lora"], report["frozen"]
     assert frozen.peak_mib < lora.peak_mib < full.peak_mib
     assert frozen.resident_mib < lora.resident_mib < full.resident_mib

@@ -14,9 +14,14 @@ from examples.minbert_multitask.settings import Settings
 Values = dict[str, Any]
 
 
+BOOSTING_ROUNDS = 4
+
+
 def injected_rank(settings: Settings) -> int:
-    """The rank to inject: AdaLoRA prunes from 1.5 times the rank that it is to reach."""
-    return math.ceil(1.5 * settings.rank) if settings.method == "adalora" else settings.rank
+    """The rank to inject: AdaLoRA prunes from 1.5 times the rank that it is to reach, XGBLoRA reaches it in rounds."""
+    if settings.method == "adalora":
+        return math.ceil(1.5 * settings.rank)
+    return math.ceil(settings.rank / BOOSTING_ROUNDS) if settings.method == "xgblora" else settings.rank
 
 
 def make_controller(
@@ -27,6 +32,11 @@ def make_controller(
         return peftlite.AdaLoRA(backbones, optimizer, total_steps=steps, target_rank=settings.rank)
     if settings.method == "dylora":
         return peftlite.DyLoRA(backbones, optimizer, seed=settings.seed)
+    if settings.method == "xgblora":
+        period = max(1, steps // BOOSTING_ROUNDS)  # the last round has the rest
+        return peftlite.XGBLoRA(
+            backbones, optimizer, steps_per_round=period, rounds=BOOSTING_ROUNDS, seed=settings.seed
+        )
     if settings.method == "reflora":  # the paper's 100 steps of warm-up are too many for a short run
         return peftlite.RefLoRA(backbones, optimizer, warmup_steps=min(100, math.ceil(settings.warmup * steps) + 1))
     if settings.method == "lisa":

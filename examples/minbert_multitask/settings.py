@@ -24,7 +24,10 @@ ALL_LINEAR = (
 )
 PLAIN_METHODS = ("full", "linear-probe", "bitfit", "lisa")  # those without adapters
 STEP_METHODS = {"reflora": "lora"}  # those that step the adapters of another method in their own way
-DEFAULT_LR = {"full": 1e-4, "lisa": 1e-4, "linear-probe": 1e-3}  # adapters 1e-3: they learn too little at 1e-4
+DEFAULT_LR = {
+    **{"full": 1e-4, "lisa": 1e-4, "linear-probe": 1e-3},
+    **{"vera": 1e-2, "ia3": 3e-3, "tt_lora": 5e-3},  # vectors and products of many factors: the rates of their authors
+}  # other adapters 1e-3: they learn too little at 1e-4
 CHOICES = {
     "amp": ("off", "bf16", "fp16"),
     "base_dtype": ("auto", "fp32", "bf16"),
@@ -70,7 +73,7 @@ class Settings:
     amp: str = _option("off", "autocast of the backbone: off, bf16 or fp16 (CUDA only)")
     base_dtype: str = _option("auto", "frozen weights under adapters: fp32, bf16, or auto: bf16 with --amp bf16")
     optimizer: str = _option("adamw", "adamw or adamax")
-    lr: float | None = _option(None, "peak learning rate; default: 1e-4 for full, else 1e-3")
+    lr: float | None = _option(None, "peak learning rate; default: that of the method, 1e-3 for LoRA and 1e-4 for full")
     head_lr: float | None = _option(None, "peak learning rate of the heads; default: 1e-3")
     unfreeze_lr: float = _option(5e-5, "peak learning rate of what progressive unfreezing releases beside adapters")
     weight_decay: float = _option(0.01, "weight decay of matrices")

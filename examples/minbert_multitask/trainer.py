@@ -275,8 +275,8 @@ class Trainer:
             self.folder.truncate_metrics(0)
             return
         tensors, values = found
-        for name, value in self._changing().items():
-            value.copy_(tensors[f"network.{name}"])
+        # By the network itself, since adapters may have grown in the run
+        self.network.load_state_dict({name: tensors[f"network.{name}"] for name in self._changing()}, strict=False)
         load_optimizer_tensors(self.optimizer, tensors)
         for task, value in self.loss_sums.items():
             value.copy_(tensors[f"loss_sum.{task}"])

@@ -61,6 +61,7 @@ VARIANTS = {
     "adalora": {"method": "adalora", "backbones": 2},
     "dylora": {"method": "dylora", "accumulate": 2},
     "reflora": {"method": "reflora"},
+    "xgblora": {"method": "xgblora"},
     "lisa": {"method": "lisa", "epochs": 3},
     "linear-probe, bf16": {"method": "linear-probe", "amp": "bf16", "sst_loss": "ordinal", "head": "conv"},
     "cross-encoder": {"cross_encoder": True, "sts_loss": "pearson", "pooling": "cls", "lr_multiplier": "sst=2"},

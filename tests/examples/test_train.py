@@ -87,6 +87,7 @@ def test_defaults_depend_on_the_method_and_are_recorded():
     assert Settings(method="full").resolved().lr == 1e-4
     assert Settings(method="lora").resolved().lr == 1e-3
     assert Settings(method="linear-probe").resolved().lr == 1e-3
+    assert Settings(method="vera").resolved().lr == 1e-2
     assert Settings(method="full", lr=3e-5).resolved().lr == 3e-5
 
 
@@ -130,8 +131,8 @@ def test_what_trains(tiny, method):
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
     trainer.run()
     changed = {name for name, p in trainer.network.named_parameters() if not torch.equal(p, before[name])}
-    own = {id(p) for layer in peftlite.adapters(trainer.network).values() for p in layer.adapter_parameters().values()}
-    adapters = {name for name, p in trainer.network.named_parameters() if id(p) in own}
+    own = {id(p) for a in peftlite.adapters(trainer.network).values() for p in a.adapter_parameters().values()}
+    adapters = {name for name, p in trainer.network.named_parameters() if id(p) in own}  # shared ones under one name
     heads = {name for name in before if name.startswith("heads.")}
     if method == "full":
         unused = {name for name in before if "token_type" in name or "position" in name}
@@ -139,10 +140,17 @@ def test_what_trains(tiny, method):
     elif method == "bitfit":
         biases = {n for n in before if n.endswith(".bias")}
         assert heads | {n for n in biases if "LayerNorm" in n} <= changed <= heads | biases
-    elif method == "adalora":  # singular values that are pruned at the end are zero again, as at birth
-        assert changed | {name for name in adapters if name.endswith("lora_e")} == adapters | heads
     else:
-        assert changed == adapters | heads
+        pruned = {n for n, p in trainer.network.named_parameters() if n.endswith("lora_e") and not p.any()}  # as at birth
+        assert changed == (adapters | heads) - pruned
+
+
+def test_boosters_reach_the_rank_in_rounds(tiny):
+    trainer = Trainer(tiny(method="xgblora", rank=6), quiet=True)
+    trainer.run()
+    assert trainer.controller.round == 3
+    layers = peftlite.adapters(trainer.network).values()
+    assert {(layer.rank, layer.boosters_a.shape[0]) for layer in layers} == {(2, 6)}
 
 
 def test_progressive_unfreezing_with_adapters_never_moves_the_base_below_them(tiny):

@@ -38,6 +38,7 @@ def test_memory_is_poisoned():
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(SIZES, SIZES, st.data(), st.sampled_from(NARROW), st.sampled_from([0.1, 1.0, -2.0]))
 def test_equals_the_direct_norm(outer, inner, data, dtype, scale):
+    """Invariant §2: the cheap row norm ≡ the direct one."""
     block = data.draw(st.sampled_from([0, 1, 64, 1 << 17]))
     rank = data.draw(st.integers(1, min(outer, inner)))
     with pytest.MonkeyPatch.context() as patch:

@@ -50,7 +50,9 @@ def step(model: nn.Module, optimizer: Any, seed: int = 0) -> None:
 
 
 def test_birth_and_count() -> None:
-    """Invariant §6: init ≡ base (λ = 0, P and Q from N(0, 0.02²)); §21: 12 (768 + 768 + 1) = 18,444 parameters."""
+    """Invariant §6: born as the base.
+    Invariant §21: AdaLoRA, 768 x 768, r = 12: 18,444.
+    """
     layer = make_layer(ADALORA, 768, 768, 12)
     assert sum(p.numel() for p in layer.adapter_parameters().values()) == 18444
     assert not layer.lora_e.any()
@@ -74,7 +76,7 @@ def test_formula(sizes: tuple[int, int], alpha: float | None, data: st.DataObjec
 
 
 def test_with_equal_singular_values_it_is_lora() -> None:
-    """Degenerate equivalence: with λ = 1 the layer is plain LoRA of scale alpha / (r + 1e-5)."""
+    """Invariant §20.7: AdaLoRA with singular values of one."""
     layer, lora = make_layer(ADALORA, 9, 7, 3), make_layer(("lora", {}), 9, 7, 3)
     perturb(layer)
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_with_equal_singular_values_it_is_lora() -> None:
     ranks=st.tuples(st.integers(1, 8), st.integers(1, 8)),
 )
 def test_budget(phases: tuple[int, int, int], ranks: tuple[int, int]) -> None:
-    """Invariant §6: b(t) monotone, b(0) = b_0, b(T) = b_T."""
+    """Invariant §6: the budget falls from b_0 to b_T without a rise."""
     initial, _, final = phases
     model, total = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), sum(phases)
     inject_adapters(model, "all-linear", max(ranks), method="adalora")
@@ -104,7 +106,7 @@ def test_budget(phases: tuple[int, int, int], ranks: tuple[int, int]) -> None:
 
 
 def test_budget_by_hand() -> None:
-    """Invariant §6: hand-computed mid value: 8 + (16 - 8) (1 - 5 / 10)³ = 9."""
+    """Invariant §6: a value of the budget computed by hand."""
     controller = made()[2]
     assert (controller.first_budget, controller.last_budget) == (16, 8)
     assert [controller.budget(t) for t in (4, 6, 9, 13, 14)] == [16, 12, 9, 8, 8]  # 8 + 8·0.512 = 12.096
@@ -112,7 +114,7 @@ def test_budget_by_hand() -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_importance_against_a_scalar_reference(scaled: bool) -> None:
-    """Invariant §6: EMA formulas vs a scalar reference."""
+    """Invariant §6: averages of importance ≡ a scalar reference."""
     fused = functools.partial(torch.optim.AdamW, fused=True)
     model, optimizer, controller = made(optimizer=fused, orthogonality=0.0, beta1=0.7, beta2=0.9)
     mean: dict[str, Tensor] = {}
@@ -147,7 +149,7 @@ def test_importance_against_a_scalar_reference(scaled: bool) -> None:
 
 @pytest.mark.parametrize("interval", [1, 3])
 def test_what_survives(interval: int) -> None:
-    """Invariant §6: after each mask the number of non-zero λ is b(t), the highest scores; the final choice is fixed."""
+    """Invariant §6: each mask leaves at most b(t) singular values, exactly so many where scores differ."""
     model, optimizer, controller = made(interval=interval)
     fixed, came_back = None, False
     before = controller.ranks()
@@ -184,7 +186,7 @@ def test_equal_scores_still_leave_exactly_the_budget() -> None:
 
 @pytest.mark.parametrize("penalty", ["norm", "squared"])
 def test_the_regulariser_joins_the_gradients(penalty: str) -> None:
-    """Invariant §6: R = 0 iff orthonormal; loss + γR gives the gradients that the hook leaves."""
+    """Invariant §6: the regulariser is zero iff P and Q are orthonormal."""
     x, found = torch.randn(8, 8), []
     for dtype in (torch.float32, torch.float64):
         model, _, controller = made(dtype=dtype, penalty=penalty, orthogonality=0.3)
@@ -222,7 +224,7 @@ def pruned() -> nn.Module:
 
 
 def test_dropping_what_was_pruned_keeps_the_function(tmp_path: Path) -> None:
-    """Invariant §6: export/reload with rank pattern ≡ before, merge ≡ unmerged; layers of rank 0 are supported."""
+    """Invariant §6: exported and reloaded with its ranks ≡ before; merged ≡ unmerged."""
     model, x = pruned(), torch.randn(5, 8).double()
     before = model(x).detach()
     exact = {n: layer.effective_weight().detach() for n, layer in adapters(model).items()}

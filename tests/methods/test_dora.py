@@ -89,6 +89,7 @@ def test_magnitude_is_born_as_the_row_norm_in_fp32(sizes: tuple[int, int], scale
 
 
 def test_row_norms_of_the_merged_weight_are_the_magnitudes() -> None:
+    """Invariant §2: the row norms of the merged weight are the magnitudes."""
     layer = make_layer(DORA, 31, 13, 4, dtype=torch.float64)
     perturb(layer)
     norms = layer.effective_weight().norm(dim=1)
@@ -98,6 +99,9 @@ def test_row_norms_of_the_merged_weight_are_the_magnitudes() -> None:
 
 
 def test_with_magnitude_equal_to_the_norm_it_is_lora() -> None:
+    """Invariant §2: magnitudes set to the norms ≡ LoRA.
+    Invariant §20.7: DoRA with the norms as magnitudes.
+    """
     layer, lora = make_layer(DORA, 9, 7, 3), make_layer(("lora", {}), 9, 7, 3)
     perturb(layer)
     lora.load_state_dict({key: value for key, value in layer.state_dict().items() if key != "magnitude"})
@@ -105,6 +109,24 @@ def test_with_magnitude_equal_to_the_norm_it_is_lora() -> None:
     x = torch.randn(4, 9)
     oracle = copy.deepcopy(lora).double()(x.double()).detach()
     assert_within_budget("y", layer(x), dora(x, layer, detach=True), oracle, torch.float32)
+
+
+def test_gradients_of_the_factors_are_those_of_lora_for_the_scaled_output_gradient() -> None:
+    """Invariant §2: with a constant norm the gradient of A is LoRA's for the output gradient g ⊙ dy."""
+    layer, lora = make_layer(DORA, 9, 7, 3), make_layer(("lora", {}), 9, 7, 3)
+    perturb(layer)
+    lora.load_state_dict({key: value for key, value in layer.state_dict().items() if key != "magnitude"})
+    x, dy = torch.randn(5, 9), torch.randn(5, 7)
+
+    def expected(plain: nn.Module, magnitude: Tensor) -> tuple[Tensor, ...]:
+        gain = (magnitude / plain.effective_weight().norm(dim=1)).detach()
+        y = plain(x.to(gain.dtype))
+        return torch.autograd.grad(y, [plain.lora_a, plain.lora_b], gain * dy.to(gain.dtype))
+
+    actual = torch.autograd.grad(layer(x), [layer.lora_a, layer.lora_b], dy)
+    eager, oracle = expected(lora, layer.magnitude), expected(copy.deepcopy(lora).double(), layer.magnitude.double())
+    for name, *values in zip(("lora_a", "lora_b"), actual, eager, oracle, strict=True):
+        assert_within_budget(name, *values, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -44,7 +44,9 @@ def lora_of(layer: DyLoRALinear, rank: int) -> LoRALinear:
 
 @given(sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)), rslora=st.booleans(), data=st.data())
 def test_every_truncation_is_a_lora(sizes: tuple[int, int], rslora: bool, data: st.DataObject) -> None:
-    """Invariant §3: forward(b) ≡ LoRA built from slices with α/b; forward(R) ≡ plain LoRA; truncate(b) ≡ forward(b)."""
+    """Invariant §3: forward at rank b ≡ LoRA of the slices with scale α / b; forward at the full rank ≡ LoRA; truncate(b) ≡
+    forward at rank b.
+    """
     rank = data.draw(st.integers(1, min(sizes)))
     alpha = data.draw(st.sampled_from([None, 0.5, 16]))
     layer = make_layer(DYLORA, *sizes, rank, alpha=alpha, rslora=rslora)
@@ -73,7 +75,7 @@ def test_every_truncation_is_a_lora(sizes: tuple[int, int], rslora: bool, data: 
 
 
 def test_birth_is_the_base_at_every_rank() -> None:
-    """Invariant §3: init ≡ base for every b."""
+    """Invariant §3: born as the base at every rank."""
     layer, x = make_layer(DYLORA, 9, 7, 5), torch.randn(4, 9)
     for b in range(1, 6):
         layer.set_rank(b)
@@ -86,7 +88,7 @@ def test_birth_is_the_base_at_every_rank() -> None:
 @pytest.mark.parametrize("update", ["frozen", "full"])
 @pytest.mark.parametrize("unit", [1, 2])
 def test_gradient_support(update: str, unit: int) -> None:
-    """Invariant §3: frozen: A.grad[:b-1] == 0, A.grad[b:] == 0, B.grad likewise; full: only [b:] is zero."""
+    """Invariant §3: frozen update: component b alone has a gradient; full update: components above b have none."""
     model, optimizer, controller = made(update=update, unit=unit)
     seen = set()
     for _ in range(12):
@@ -158,7 +160,7 @@ def test_the_authors_way_moves_them() -> None:
 
 
 def test_draws_follow_the_probabilities() -> None:
-    """Invariant §3: the sampled histogram matches p_B (seeded)."""
+    """Invariant §3: drawn ranks follow their probabilities."""
     count = 4000
     for options, expected in [
         ({}, {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}),
@@ -188,7 +190,7 @@ def test_one_rank_for_the_whole_model_and_smaller_layers_use_all_they_have() -> 
 
 
 def test_with_the_largest_rank_alone_it_trains_like_lora() -> None:
-    """Invariant §20.7: DyLoRA with b = R ≡ plain LoRA, step by step."""
+    """Invariant §20.7: DyLoRA at its full rank."""
     torch.manual_seed(0)
     x, target = torch.randn(16, 8), torch.randn(16, 3)
 

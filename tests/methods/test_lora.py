@@ -43,6 +43,7 @@ def test_born_with_b_zero_and_a_uniform() -> None:
 
 
 def test_at_the_first_step_only_b_has_a_gradient() -> None:
+    """Invariant §1: at the first step the gradient of A is zero and that of B is not."""
     layer = make_layer(LORA, 9, 7, 3)
     layer(torch.randn(5, 9)).square().sum().backward()
     assert not layer.lora_a.grad.any()
@@ -50,6 +51,7 @@ def test_at_the_first_step_only_b_has_a_gradient() -> None:
 
 
 def test_rslora_is_lora_with_alpha_times_root_rank() -> None:
+    """Invariant §1: rsLoRA of (α, r) ≡ LoRA of (α √r, r)."""
     scaled, plain = make_layer(LORA, 9, 7, 4, alpha=3, rslora=True), make_layer(LORA, 9, 7, 4, alpha=6)
     perturb(scaled)
     plain.load_state_dict(scaled.state_dict())

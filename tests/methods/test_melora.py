@@ -40,7 +40,7 @@ def looped(layer: MELoRALinear, x: Tensor) -> Tensor:
 
 @given(shape=shapes(), batch=st.sampled_from([(), (1,), (4,), (2, 3), (2, 1, 3)]))
 def test_one_product_is_the_loop_over_blocks(shape: tuple[int, int, int, int], batch: tuple[int, ...]) -> None:
-    """Invariant §9: batched ≡ looped, for inputs of any number of dimensions."""
+    """Invariant §9: batched ≡ looped."""
     in_features, out_features, rank, blocks = shape
     layer = make_layer(MELORA, in_features, out_features, rank, blocks=blocks, alpha=3)
     perturb(layer)
@@ -51,7 +51,7 @@ def test_one_product_is_the_loop_over_blocks(shape: tuple[int, int, int, int], b
 
 @given(shape=shapes())
 def test_forward_is_the_dense_block_diagonal_product(shape: tuple[int, int, int, int]) -> None:
-    """Invariant §9: forward ≡ dense block-diagonal product, zero outside the diagonal blocks."""
+    """Invariant §9: forward ≡ the dense block-diagonal product; ΔW is zero outside its blocks."""
     in_features, out_features, rank, blocks = shape
     layer = make_layer(MELORA, in_features, out_features, rank, blocks=blocks).double()
     perturb(layer)
@@ -68,7 +68,7 @@ def test_forward_is_the_dense_block_diagonal_product(shape: tuple[int, int, int,
 
 @given(shape=shapes())
 def test_rank_of_the_update(shape: tuple[int, int, int, int]) -> None:
-    """Invariant §9: rank(ΔW) = Σ r_k for random factors."""
+    """Invariant §9: the rank of ΔW is Σ r_k."""
     in_features, out_features, rank, blocks = shape
     layer = make_layer(MELORA, in_features, out_features, rank, blocks=blocks, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,9 @@ def test_rank_of_the_update(shape: tuple[int, int, int, int]) -> None:
 
 
 def test_one_block_is_lora() -> None:
-    """Invariant §9: n = 1 ≡ LoRA."""
+    """Invariant §9: one block ≡ LoRA.
+    Invariant §20.7: MELoRA with one block.
+    """
     one, lora = make_layer(MELORA, 9, 7, 3, blocks=1, alpha=5), make_layer(("lora", {}), 9, 7, 3, alpha=5)
     assert torch.equal(one.lora_a, lora.lora_a)
     perturb(one)
@@ -91,21 +93,21 @@ def test_one_block_is_lora() -> None:
 
 @given(shape=shapes())
 def test_count_does_not_depend_on_the_number_of_blocks(shape: tuple[int, int, int, int]) -> None:
-    """Invariant §9: the count r (in + out) is independent of n."""
+    """Invariant §9: the count does not depend on the number of blocks."""
     in_features, out_features, rank, blocks = shape
     layer = make_layer(MELORA, in_features, out_features, rank, blocks=blocks)
     assert sum(p.numel() for p in layer.adapter_parameters().values()) == rank * (in_features + out_features)
 
 
 def test_llama_2_7b_count() -> None:
-    """Invariant §21: LLaMA-2-7B, query and value, r = 1, n = 8: 524,288 parameters, of equivalent rank 8."""
+    """Invariant §21: MELoRA, LLaMA-2-7B, r = 1, n = 8: 524,288."""
     model = nn.ModuleList(nn.ModuleDict({k: nn.Linear(4096, 4096, False, device="meta") for k in "qv"}) for _ in range(32))
     assert summary(inject_adapters(model, ["q", "v"], 1, method="melora", blocks=8)).trained == 524_288
     assert model[0]["q"].to_lora()[0].shape[0] == 8
 
 
 def test_born_as_the_base_and_merged_as_it_computes() -> None:
-    """Invariant §9: init ≡ base; merged ≡ unmerged."""
+    """Invariant §9: born as the base; merged ≡ unmerged."""
     model, base, x = net(), net(), torch.randn(5, 8)
     inject_adapters(model, "all-linear", 2, method="melora", blocks=3, exclude="head.*")
     assert torch.equal(model.eval()(x), base.eval()(x))

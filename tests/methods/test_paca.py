@@ -11,7 +11,7 @@ PACA = ("paca", {})
 
 
 def test_born_as_the_base_and_changes_its_columns_only() -> None:
-    """Invariant §16: PaCA: init ≡ base, only `idx` columns change."""
+    """Invariant §16: PaCA is born as the base; PaCA changes the columns of its index alone."""
     layer = make_layer(PACA, 13, 7, 4, alpha=3)
     x = torch.randn(5, 13)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -22,7 +22,9 @@ def test_born_as_the_base_and_changes_its_columns_only() -> None:
 
 
 def test_is_lora_whose_a_is_a_selector() -> None:
-    """Invariant §16, §20.7: PaCA ≡ LoRA with selector A."""
+    """Invariant §16: PaCA ≡ LoRA whose A is a selector.
+    Invariant §20.7: PaCA as LoRA with a selector.
+    """
     layer = make_layer(PACA, 13, 7, 4, dtype=torch.float64, alpha=3)
     lora = make_layer(("lora", {}), 13, 7, 4, dtype=torch.float64, alpha=3)
     perturb(layer)
@@ -40,7 +42,7 @@ def test_is_lora_whose_a_is_a_selector() -> None:
 
 
 def test_gradient_is_the_dense_gradient_in_its_columns() -> None:
-    """Invariant §16: gradient ≡ dense gradient restricted to `idx`."""
+    """Invariant §16: PaCA's gradient ≡ the dense one in its columns."""
     layer = make_layer(PACA, 13, 7, 4, dtype=torch.float64)
     perturb(layer)
     dense = layer.effective_weight().detach().requires_grad_()
@@ -58,6 +60,9 @@ def test_every_column_can_be_drawn() -> None:
 
 
 def test_count_on_roberta_base() -> None:
-    """Invariant §16: count Σ r·o, here query and value of RoBERTa-base at r = 16, LoRA's count at r = 8."""
+    """Queries and values of RoBERTa-base at r = 16: LoRA's count at r = 8.
+
+    Invariant §16: PaCA's count is Σ r out.
+    """
     model = nn.ModuleList(nn.ModuleDict({k: nn.Linear(768, 768, device="meta") for k in "qv"}) for _ in range(12))
     assert summary(inject_adapters(model, ["q", "v"], 16, method="paca")).trained == 294_912

@@ -60,7 +60,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_tasks_begin_and_end_without_a_jump(options: dict[str, Any]) -> None:
-    """Invariant §13: `start_task` leaves the function unchanged; `end_task` leaves it unchanged."""
+    """Invariant §13: start_task leaves the function as it was; end_task leaves the function as it was."""
     model = adapted(**options)
     for task in range(1, 4):
         before = weights(model)
@@ -78,7 +78,7 @@ def test_tasks_begin_and_end_without_a_jump(options: dict[str, Any]) -> None:
 
 
 def test_finished_directions_are_frozen() -> None:
-    """Invariant §13: frozen directions bit-identical after training."""
+    """Invariant §13: finished directions stay bit for bit."""
     model = adapted()
     end_task(model)
     start_task(model)
@@ -108,7 +108,7 @@ def test_directions_have_norm_one(in_features: int, out_features: int, data: st.
 
 @pytest.mark.parametrize("scope", ["network", "layer"])
 def test_every_magnitude_gets_its_gradient(scope: str) -> None:
-    """Invariant §13: gradient reaches every α_k."""
+    """Invariant §13: every magnitude has a gradient."""
     layer = make_layer(("sdlora", {"scope": scope}), 7, 5, 2, dtype=torch.float64)
     perturb(layer)
     model = nn.Sequential(layer)
@@ -129,7 +129,9 @@ def test_every_magnitude_gets_its_gradient(scope: str) -> None:
 
 
 def test_one_task_is_lora_with_a_trained_scale() -> None:
-    """Invariant §13: N = 1 is LoRA with trainable scale (§20.7)."""
+    """Invariant §13: one task ≡ LoRA with a trained scale.
+    Invariant §20.7: SD-LoRA with one task.
+    """
     plain = inject_adapters(net().double(), TARGETS, 3, alpha=6, seed=1).eval()
     model = inject_adapters(net().double(), TARGETS, 3, method="sdlora", alpha=6, seed=1).eval()
     perturb(plain)
@@ -150,7 +152,7 @@ def test_one_task_is_lora_with_a_trained_scale() -> None:
 @pytest.mark.parametrize("scope", ["network", "layer"])
 @pytest.mark.parametrize("normaliser", ["product", "factors"])
 def test_a_direction_that_older_ones_span_is_dropped(normaliser: str, scope: str) -> None:
-    """Invariant §13: KD on an exact linear combination gives residual 0 and an unchanged function."""
+    """Invariant §13: a direction that older ones span leaves no residual and the function as it was."""
     layer = make_layer(("sdlora", {"normaliser": normaliser, "scope": scope}), 9, 7, 2, dtype=torch.float64, alpha=3.0)
     model = nn.Sequential(layer)
     perturb(layer)
@@ -191,7 +193,7 @@ def test_a_direction_that_they_do_not_span_is_kept() -> None:
 
 
 def test_rank_schedule() -> None:
-    """Invariant §13: RR rank schedule."""
+    """Invariant §13: ranks fall by the published schedule."""
     assert [reduced_rank(task) for task in range(1, 10)] == [10, 10, 10, 8, 8, 8, 8, 6, 6]
     assert [reduced_rank(task, ranks=(5, 2), starts=(3,)) for task in (2, 3)] == [5, 2]
     with pytest.raises(ValueError, match="tasks count from 1"):
@@ -199,7 +201,7 @@ def test_rank_schedule() -> None:
 
 
 def test_export_is_the_model() -> None:
-    """Invariant §13: export is the model."""
+    """Invariant §13: the export ≡ the model."""
     model = adapted(dropout=0.25)
     end_task(model)
     perturb(start_task(model, rank=1), seed=4)
@@ -235,7 +237,7 @@ def test_saved_and_loaded_with_its_history(tmp_path: Any, between: bool) -> None
 
 
 def test_counts_of_a_vision_transformer() -> None:
-    """Invariant §21: ViT-B/16, query and value, r = 10: 368,640 + t per task."""
+    """Invariant §21: SD-LoRA, ViT-B/16, r = 10, per task: 368,640 + t."""
     blocks = (nn.ModuleDict({key: nn.Linear(768, 768, device="meta") for key in ("q", "v")}) for _ in range(12))
     model = inject_adapters(nn.ModuleList(blocks), ["q", "v"], 10, method="sdlora")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 368_640 + 1

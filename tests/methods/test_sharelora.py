@@ -30,7 +30,10 @@ def trained(model: nn.Module) -> int:
 
 @pytest.mark.parametrize(("share", "count"), [(None, 294_912), ("a", 159_744), ("b", 159_744), ("ab", 24_576)])
 def test_published_counts_of_roberta(share: str | None, count: int) -> None:
-    """Invariant §11: counts of RoBERTa-base, queries and values, r = 8 (§21)."""
+    """Invariant §11: counts of the three variants.
+    Invariant §21: LoRA, RoBERTa-base, queries and values, r = 8: 294,912; ShareLoRA, RoBERTa-base, r = 8, A and AB: 159,744
+    and 24,576.
+    """
     blocks = [nn.ModuleDict({key: nn.Linear(768, 768, device="meta") for key in ("query", "value")}) for _ in range(12)]
     options = {"method": "lora"} if share is None else {"method": "sharelora", "share": share}
     assert trained(inject_adapters(nn.ModuleList(blocks), ["query", "value"], 8, **options)) == count
@@ -38,7 +41,9 @@ def test_published_counts_of_roberta(share: str | None, count: int) -> None:
 
 @pytest.mark.parametrize(("share", "count"), [(None, 159_907_840), ("a", 89_309_184), ("ab", 4_997_120)])
 def test_published_counts_of_llama(share: str | None, count: int) -> None:
-    """Invariant §11: counts of LLaMA-7B, all linear layers, r = 64 (§21)."""
+    """Invariant §11: counts of the three variants.
+    Invariant §21: LLaMA-7B, all linear layers, r = 64, LoRA, ShareLoRA A and AB: 159,907,840, 89,309,184 and 4,997,120.
+    """
     options = {"method": "lora"} if share is None else {"method": "sharelora", "share": share}
     model = inject_adapters(transformer(32, 4096, 11008, device="meta"), "all-linear", 64, adapter_dtype="bfloat16", **options)
     assert trained(model) == count
@@ -51,7 +56,7 @@ def test_published_counts_of_llama(share: str | None, count: int) -> None:
     hidden=st.integers(2, 6),
 )
 def test_closed_formula(share: str, layers: int, width: int, hidden: int) -> None:
-    """Invariant §11: counts ``Σ_g r in + L r out`` (A), ``Σ_g L r in + r out`` (B), ``Σ_g r (in + out)`` (both)."""
+    """Invariant §11: counts of the three variants."""
     model = inject_adapters(transformer(layers, width, hidden), "all-linear", 2, method="sharelora", share=share)
     shapes = [(m.in_features, m.out_features) for m in model[0].values()]
     factor_a, factor_b = (1 if "a" in share else layers), (1 if "b" in share else layers)
@@ -59,7 +64,9 @@ def test_closed_formula(share: str, layers: int, width: int, hidden: int) -> Non
 
 
 def test_one_layer_with_both_shared_is_lora() -> None:
-    """Invariant §11, §20.7: ShareAB with one layer ≡ LoRA, values and gradients."""
+    """Invariant §11: both factors shared by one layer ≡ LoRA.
+    Invariant §20.7: ShareLoRA of one layer.
+    """
     shared = inject_adapters(nn.Sequential(nn.Linear(6, 5)), "0", 2, method="sharelora", share="ab", alpha=3)
     plain = inject_adapters(nn.Sequential(nn.Linear(6, 5)), "0", 2, alpha=3)
     perturb(shared)
@@ -77,7 +84,7 @@ def test_one_layer_with_both_shared_is_lora() -> None:
 
 
 def test_a_shared_a_and_equal_bs_are_one_update() -> None:
-    """Invariant §11: ShareA with identical Bs ≡ every layer has the same ΔW."""
+    """Invariant §11: a shared A and equal Bs are one ΔW in every layer."""
     model = inject_adapters(net(), "query", 2, method="sharelora", share="a")
     first, second = adapters(model).values()
     with torch.no_grad():
@@ -88,7 +95,7 @@ def test_a_shared_a_and_equal_bs_are_one_update() -> None:
 
 
 def test_one_training_step_of_tied_layers_is_one_of_the_sum() -> None:
-    """Invariant §11: the shared gradient ≡ Σ per-layer gradients of an untied copy: so one SGD step is the same."""
+    """Invariant §11: the shared gradient is the sum of those of an untied copy."""
     model = inject_adapters(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double(), "all-linear", 2, method="sharelora")
     perturb(model)
     apart = nn.Sequential(copy.deepcopy(model[0]), copy.deepcopy(model[1]))

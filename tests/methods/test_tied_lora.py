@@ -55,7 +55,7 @@ def expected_count(flags: tuple[bool, ...], count: int, in_features: int, out_fe
 @pytest.mark.parametrize("trains", TRAINED, ids=lambda flags: "".join(n for n, f in zip("abuv", flags, strict=True) if f))
 @pytest.mark.parametrize("ties", TIED, ids=lambda flags: "tie-" + "".join(n for n, f in zip("ab", flags, strict=True) if f))
 def test_every_combination(trains: tuple[bool, ...], ties: tuple[bool, ...]) -> None:
-    """Invariant §4: init ≡ base, the count, the formula and the gradients, for all combinations of the flags."""
+    """Invariant §4: every combination of flags is born as the base; counts of every combination of flags."""
     flags = dict(zip(FLAGS, (*trains, *ties), strict=True))
     model, x = stack(**flags), torch.randn(5, 6, dtype=torch.float64)
     base = sum(F.linear(x, layer.weight, layer.bias) for layer in adapters(model).values())
@@ -81,7 +81,7 @@ def test_every_combination(trains: tuple[bool, ...], ties: tuple[bool, ...]) -> 
     out_features=st.integers(2, 9),
 )
 def test_counts_of_the_presets(preset: str, count: int, in_features: int, out_features: int) -> None:
-    """Invariant §4: counts."""
+    """Invariant §4: counts of every combination of flags."""
     model = stack(count, in_features, out_features, preset=preset)
     assert trained(model) == expected_count(PRESETS[preset], count, in_features, out_features, 2)
 
@@ -90,13 +90,15 @@ def test_counts_of_the_presets(preset: str, count: int, in_features: int, out_fe
     ("preset", "count"), [("lora", 4_194_304), ("tl5", 131_072), ("tl6", 524_544), ("vera_like", 393_472)]
 )
 def test_published_counts(preset: str, count: int) -> None:
-    """Invariant §4: counts of LLaMA-2-7B with fused projections, r = 8 (§21)."""
+    """Invariant §21: LLaMA-2-7B, fused QKV, r = 8, LoRA, TL5, TL6 and u, v alone: 4,194,304, 131,072, 524,544 and 393,472."""
     model = inject_adapters(Stack(32, 4096, 12288, device="meta", bias=False), "qkv", 8, method="tied_lora", preset=preset)
     assert trained(model) == count
 
 
 def test_tl5_with_one_layer_is_lora() -> None:
-    """Invariant §4, §20.7: TL5 with L = 1 ≡ LoRA, values and gradients."""
+    """Invariant §4: TL5 of one layer ≡ LoRA.
+    Invariant §20.7: Tied-LoRA TL5 of one layer.
+    """
     model, x = stack(1, preset="tl5"), torch.randn(5, 6, dtype=torch.float64)
     plain = Stack(1, 6, 9).double()
     plain.load_state_dict({key: t for key, t in model.state_dict().items() if "factor" not in key})
@@ -115,7 +117,7 @@ def test_tl5_with_one_layer_is_lora() -> None:
 
 
 def test_the_lora_preset_is_lora_in_a_whole_model() -> None:
-    """Invariant §20.7: the preset ``"lora"`` shares nothing and draws what LoRA draws."""
+    """The preset ``"lora"`` shares nothing and draws what LoRA draws."""
     tied = inject_adapters(net(), "all-linear", 2, method="tied_lora", preset="lora", seed=3)
     plain = inject_adapters(net(), "all-linear", 2, seed=3)
     for name, layer in adapters(plain).items():
@@ -130,7 +132,7 @@ def test_the_lora_preset_is_lora_in_a_whole_model() -> None:
 
 
 def test_tl6_with_frozen_vectors_is_tl5() -> None:
-    """Invariant §4: TL6 with u = v = 1 frozen ≡ TL5."""
+    """Invariant §4: TL6 with frozen u = v = 1 ≡ TL5."""
     tl6, tl5 = stack(preset="tl6", train_u=False, train_v=False), stack(preset="tl5")
     assert [name for name, _ in tl6.named_parameters()] == [name for name, _ in tl5.named_parameters()]
     for model in (tl6, tl5):
@@ -143,7 +145,7 @@ def test_tl6_with_frozen_vectors_is_tl5() -> None:
 
 
 def test_a_change_of_the_tied_factor_changes_all_layers() -> None:
-    """Invariant §4: perturbing the tied A changes all layers."""
+    """Invariant §4: a change of the tied A changes all layers."""
     model, x = stack(), torch.randn(5, 6, dtype=torch.float64)
     perturb(model)
     before = {name: layer(x) for name, layer in adapters(model).items()}

@@ -40,7 +40,7 @@ def layers(draw: st.DrawFn) -> TTLoRALinear:
 
 @given(layer=layers(), batch=st.sampled_from([(), (4,), (2, 3)]))
 def test_contraction_is_the_dense_product(layer: TTLoRALinear, batch: tuple[int, ...]) -> None:
-    """Invariant §10: contraction ≡ dense `x @ reconstruct()ᵀ`, also non-square, odd factors."""
+    """Invariant §10: contraction ≡ the dense product."""
 
     def dense(layer: TTLoRALinear, x: Tensor) -> Tensor:
         update = reconstructed(list(layer.cores)).reshape(layer.out_features, layer.in_features)
@@ -54,7 +54,7 @@ def test_contraction_is_the_dense_product(layer: TTLoRALinear, batch: tuple[int,
 
 @given(outs=st.integers(1, 12), ins=st.integers(1, 12), seed=st.integers(0, 9))
 def test_tt_svd_of_full_rank_reproduces_any_matrix(outs: int, ins: int, seed: int) -> None:
-    """Invariant §10: TT-SVD with full ranks reproduces any matrix."""
+    """Invariant §10: TT-SVD of full rank reproduces any matrix."""
     matrix = torch.randn(outs, ins, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     shape = [*factorise(outs), *reversed(factorise(ins))]
     cores = tt_svd(matrix, shape, min(outs, ins) * max(shape))
@@ -64,7 +64,7 @@ def test_tt_svd_of_full_rank_reproduces_any_matrix(outs: int, ins: int, seed: in
 
 
 def test_rank_one_is_an_outer_product() -> None:
-    """Invariant §10: rank-1 TT ≡ outer product."""
+    """Invariant §10: rank one ≡ an outer product."""
     layer = make_layer(TT, 6, 4, 1, shape=[2, 2, 3, 2], dtype=torch.float64, init="direct")
     vectors = [core.flatten() for core in layer.cores]
     outer = torch.einsum("a,b,c,d->abcd", *vectors).reshape(4, 6)
@@ -73,7 +73,9 @@ def test_rank_one_is_an_outer_product() -> None:
 
 
 def test_two_cores_are_lora() -> None:
-    """Invariant §10, §20.7: two-core TT with dims (o, i) ≡ LoRA with B = G₁, A = G₂."""
+    """Invariant §10: two cores ≡ LoRA with B = G₁ and A = G₂.
+    Invariant §20.7: TT-LoRA with two cores.
+    """
     layer, lora = make_layer(TT, 9, 7, 3, shape=[7, 9], alpha=2.0), make_layer(("lora", {}), 9, 7, 3, alpha=6)
     perturb(layer)
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_two_cores_are_lora() -> None:
 
 
 def test_born_as_the_base_and_merged_as_it_computes() -> None:
-    """Invariant §10: init="zero" ≡ base; merged ≡ unmerged."""
+    """Invariant §10: init="zero" is born as the base; merged ≡ unmerged."""
     model, base, x = net(), net(), torch.randn(5, 8)
     inject_adapters(model, "all-linear", 3, method="tt_lora")
     assert torch.equal(model.eval()(x), base.eval()(x))
@@ -113,7 +115,9 @@ def test_the_authors_starts_are_not_zero(init: str) -> None:
 
 
 def test_counts() -> None:
-    """Invariant §10, §21: count; 768 x 768 at r = 5: 990; RoBERTa-base q, v: 23,760; Llama-3.2-1B q, v: 33,920."""
+    """Invariant §10: count Σ ρ k ρ.
+    Invariant §21: TT-LoRA, 768 x 768 and RoBERTa-base, r = 5: 990 and 23,760; TT-LoRA, Llama-3.2-1B, r = 5: 33,920.
+    """
     roberta = nn.ModuleList(nn.ModuleDict({k: nn.Linear(768, 768, device="meta") for k in "qv"}) for _ in range(12))
     assert summary(inject_adapters(roberta, ["q", "v"], 5, method="tt_lora")).trained == 23_760
     assert roberta[0]["q"].shape == [64, 4, 3, 3, 4, 64]

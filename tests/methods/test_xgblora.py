@@ -45,7 +45,7 @@ class Run:
 
 
 def test_the_function_does_not_change_between_rounds() -> None:
-    """Invariant §12: function unchanged at every round boundary (output before merge is that after merge + re-init)."""
+    """Invariant §12: the function does not change between rounds."""
     run = Run()
     for count in range(1, 11):  # from the ninth on there are more boosters than min(in, out) = 8, and they are compressed
         perturb(run.model, seed=count)
@@ -72,7 +72,9 @@ def test_a_round_ends_within_the_optimizers_step() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
 def test_one_round_is_lora_of_rank_one(optimizer: str) -> None:
-    """Invariant §12: T = 1, κ = K_total, L_s = L is rank-1 LoRA (§20.7)."""
+    """Invariant §12: one round over all layers ≡ LoRA of rank 1.
+    Invariant §20.7: XGBLoRA in one round.
+    """
     run = Run(optimizer=optimizer, steps_per_round=4, rounds=1, layers_per_round=2)
     plain = Run("lora", optimizer)
     run.step(6)
@@ -82,7 +84,7 @@ def test_one_round_is_lora_of_rank_one(optimizer: str) -> None:
 
 
 def test_export_is_the_merged_model_and_its_rank_is_bounded() -> None:
-    """Invariant §12: concatenated export is the merged model; rank(ΔW) <= r rounds."""
+    """Invariant §12: the concatenated export ≡ the merged model; the rank of ΔW is at most r times the rounds."""
     run = Run(steps_per_round=2, rounds=3)
     run.step(6)
     model, x = run.model.eval(), torch.randn(4, 8, dtype=torch.float64)
@@ -100,7 +102,7 @@ def test_export_is_the_merged_model_and_its_rank_is_bounded() -> None:
 
 
 def test_layers_that_are_not_chosen_stay_bit_for_bit() -> None:
-    """Invariant §12: un-chosen layers bit-identical during a round."""
+    """Invariant §12: layers that are not chosen stay bit for bit."""
     run = Run(steps_per_round=2, layers_per_round=1)
     chosen_ever = set()
     for _ in range(6):
@@ -125,7 +127,9 @@ def test_layers_that_are_not_chosen_stay_bit_for_bit() -> None:
 
 
 def test_the_schedule_depends_on_seed_and_step_alone() -> None:
-    """Invariant §12: seeded layer schedule (§20.12)."""
+    """Invariant §12: the schedule of layers depends on its seed.
+    Invariant §20: what is drawn depends on seed and step alone, in every process.
+    """
 
     def schedule(seed: int, draw: bool) -> list[list[str]]:
         run, found = Run(steps_per_round=1, layers_per_round=1, seed=seed), []

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import VARIANTS, net, perturb, refused, variant_id
+from nets import VARIANTS, assert_same, net, outcome, perturb, refused, variant_id
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -50,28 +50,15 @@ def quantized_net(variant: tuple[str, dict[str, Any]], code: str = "nf4", dtype:
     return model.eval()
 
 
-def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
-    """Output and the gradients of x and of everything that trains."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = (run or model)(x)
-    y.square().sum().backward()
-    return {"y": y.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Fail unless both have the same entries, bit for bit."""
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
-
-
 @every_variant
 @pytest.mark.parametrize(("code", "dtype"), [("nf4", torch.float32), ("nf4", torch.bfloat16), ("int8", torch.float32)])
 def test_equals_the_method_on_the_dequantised_layer(
     variant: tuple[str, dict[str, Any]], code: str, dtype: torch.dtype
 ) -> None:
-    """Invariant §7: no gradient on base; LoRA gradient ≡ gradient with deq(W) as a dense frozen weight."""
+    """Invariant §2: on a quantised base ≡ on the dequantised one.
+    Invariant §7: no gradient on the base; gradients ≡ those over the dequantised weight, dense and frozen.
+    Invariant §20: on a quantised base ≡ on the dequantised one.
+    """
     model = quantized_net(variant, code, dtype)
     plain = dequantize_base(quantize_base(net().to(dtype), ENCODER, code))
     inject_adapters(plain, ENCODER, 2, method=variant[0], trainable="head", seed=0, **variant[1])
@@ -405,7 +392,7 @@ def test_quantised_on_the_meta_device_and_loaded_later() -> None:
 
 
 def test_sizes_are_those_of_the_code() -> None:
-    """§21: NF4 takes 4.127 bits per parameter with double quantisation."""
+    """Invariant §21: NF4 without and with double quantisation: 4.5 and 4.127 bits per parameter."""
     model = quantize_base(nn.Sequential(nn.Linear(768, 768, bias=False)), "0")
     held = sum(p.nbytes for p in model.parameters())
     assert held == model[0].weight.nbytes

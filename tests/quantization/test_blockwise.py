@@ -40,7 +40,7 @@ def relative_error(form: Format) -> float:
 
 
 def test_the_levels_are_the_published_construction() -> None:
-    """Invariant §7: codebook equals the list and the scipy construction (1e-6)."""
+    """Invariant §7: the codebook is the published list and its construction."""
     offset = 0.9677083
     up = norm.ppf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
     down = -norm.ppf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
@@ -68,7 +68,7 @@ def test_eight_bit_floats_are_those_of_torch() -> None:
 
 @every_format
 def test_levels_times_a_scale_come_back_exactly(form: Format) -> None:
-    """Invariant §7: quantising level·c is exact (idempotent)."""
+    """Invariant §7: a level times a scale is quantised without error."""
     table = levels(form.code)
     index = torch.randint(len(table), (40, 64), generator=torch.Generator().manual_seed(0))
     index[:, 0] = len(table) - 1  # each block reaches its scale
@@ -82,7 +82,7 @@ def test_levels_times_a_scale_come_back_exactly(form: Format) -> None:
 
 @given(rows=st.integers(0, 9), columns=st.integers(1, 150), seed=st.integers(0, 99), power=st.integers(-30, 30))
 def test_the_error_is_at_most_half_the_widest_gap(rows: int, columns: int, seed: int, power: int) -> None:
-    """Invariant §7: |err| ≤ 0.152·c per element."""
+    """Invariant §7: the error of a number is at most 0.152 of its block's scale."""
     w = normal(rows, columns, seed=seed) * 2.0**power
     back = round_trip(w, PLAIN)
     assert back.shape == w.shape
@@ -96,7 +96,7 @@ def test_the_error_is_at_most_half_the_widest_gap(rows: int, columns: int, seed:
 
 
 def test_relative_error_of_normal_weights() -> None:
-    """Invariant §7: relative RMS error on N(0,1), block 64: 0.092 ± 0.002."""
+    """Invariant §7: relative error of N(0, 1) in blocks of 64 is 0.092 ± 0.002, int4's 0.108."""
     assert relative_error(PLAIN) == pytest.approx(0.092, abs=0.002)
     w = normal(1024, 1024)
     blocks = w.view(-1, 64)
@@ -108,7 +108,7 @@ def test_relative_error_of_normal_weights() -> None:
 
 @pytest.mark.parametrize("form", [DOUBLE, FP8], ids=["dynamic", "fp8"])
 def test_double_quantisation_hardly_adds_to_the_error(form: Format) -> None:
-    """Invariant §7: DQ changes the error by < 1 %."""
+    """Invariant §7: double quantisation changes that error by less than 1 %."""
     assert relative_error(form) == pytest.approx(relative_error(PLAIN), rel=0.01)
     w = normal(1024, 1024)
     exact = quantize(w, PLAIN)[1]
@@ -118,7 +118,9 @@ def test_double_quantisation_hardly_adds_to_the_error(form: Format) -> None:
 
 
 def test_bits_per_number() -> None:
-    """Invariant §7: bits per parameter 4.127 with double quantisation, 4.5 without."""
+    """Invariant §7: 4.127 bits per parameter with double quantisation.
+    Invariant §21: NF4 without and with double quantisation: 4.5 and 4.127 bits per parameter.
+    """
     assert (PLAIN.bits, DOUBLE.bits, Format("int8", 64, None).bits) == (4.5, 4.126953125, 8.5)
     w = normal(256, 512)
     for form in FORMATS:
@@ -131,7 +133,7 @@ def test_bits_per_number() -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (1, 64), (3, 5), (7, 31), (67, 13), (1, 65), (64, 257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_odd_sizes(form: Format, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Invariant §7: round-trip shapes for odd sizes and numel % 64 ≠ 0."""
+    """Invariant §7: shapes come back for odd sizes and short last blocks."""
     w = normal(*shape).to(dtype)
     parts = quantize(w.t().contiguous().t(), form)  # flattened row by row all the same
     assert [tuple(p.shape) for p in parts] == list(part_shapes(w.numel(), form))
@@ -161,7 +163,7 @@ def test_more_than_one_chunk(form: Format) -> None:
 
 @every_format
 def test_zeros_stay_zeros(form: Format) -> None:
-    """Invariant §7: all-zero block → zeros."""
+    """Invariant §7: a block of zeros stays zero."""
     assert torch.equal(round_trip(torch.zeros(3, 100), form), torch.zeros(3, 100))
     w = normal(2, 64)
     w[0] = 0
@@ -207,7 +209,7 @@ def test_other_block_sizes(block: int) -> None:
 
 
 def test_storage_is_that_of_bitsandbytes() -> None:
-    """Invariant §7: equality with bitsandbytes' indices."""
+    """Invariant §7: indices are those of bitsandbytes."""
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
         functional = pytest.importorskip("bitsandbytes.functional")
@@ -234,7 +236,10 @@ def test_storage_is_that_of_bitsandbytes() -> None:
 
 
 def test_storage_recorded_from_bitsandbytes() -> None:
-    """What bitsandbytes 0.50.2 made of the same numbers on a CPU."""
+    """Invariant §7: indices are those of bitsandbytes.
+
+    What bitsandbytes 0.50.2 made of the same numbers on a CPU.
+    """
     w = ((torch.arange(130) * 37) % 101 - 50) / 64
     codes, scales = quantize(w, PLAIN)
     assert bytes(codes.tolist()).hex() == RECORDED
