@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftlite
 from benchmarks.harness import RESULTS, ResultFile, machine, write_result
@@ -128,7 +128,7 @@ def train(
     *,
     save: Path | None = None,
     quiet: bool = False,
-    average: Callable[[MultitaskBert], None] = lambda network: None,
+    wrap: Callable[[MultitaskBert], nn.Module] = lambda network: network,
     share: Callable[[list[int]], list[int]] = lambda index: index,
 ) -> Training:
     """Train `recipe` on `data`.
@@ -139,7 +139,7 @@ def train(
         data: examples to train on.
         save: file for what was trained.
         quiet: no progress.
-        average: called between backward and update; averages gradients over processes.
+        wrap: what is called in place of the network, such as a ``DistributedDataParallel`` around it.
         share: which of a batch's examples this process takes.
 
     Raises:
@@ -153,17 +153,16 @@ def train(
     total = settings.epochs * stream.per_pass
     counts = parameter_counts(network, trained)
     controller = recipe.controller(network, optimizer, settings, total)
-    progress = Progress(total, 0, quiet=quiet)
+    forward, progress = wrap(network), Progress(total, 0, quiet=quiet)
     losses: list[Tensor] = []
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         for step in range(total):
             batch = collate(data, share(stream[step]), max_length=settings.max_length)
             with autocast(settings):
-                logits = network(TASK, batch)
+                logits = forward(TASK, batch)
             loss = task_loss(TASK, logits, batch.labels)
             loss.backward()
-            average(network)
             factor = lr_factor(step, total, warmup=settings.warmup, schedule=settings.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor

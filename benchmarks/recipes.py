@@ -9,6 +9,7 @@ from torch import optim
 
 import peftlite
 from examples.minbert_multitask.controllers import make_controller
+from examples.minbert_multitask.model import BertModel
 from examples.minbert_multitask.network import MultitaskBert, build_network, prepare_training
 from examples.minbert_multitask.optimizer import make_optimizer
 from examples.minbert_multitask.settings import ALL_LINEAR, Settings
@@ -71,13 +72,13 @@ class Recipe:
             own["base_dtype"] = "fp32"  # codes and scales have dtypes of their own
         return Settings(**{**vars(settings), **own}).resolved()
 
-    def build(self, settings: Settings) -> MultitaskBert:
-        """The network, ready to be trained."""
-        network, _ = build_network(settings)
-        bert = network.backbones
+    def build(self, settings: Settings, bert: BertModel | None = None) -> MultitaskBert:
+        """The network, ready to be trained, on the pretrained weights or on `bert`, which it takes for itself."""
+        network = build_network(settings)[0] if bert is None else MultitaskBert(bert, settings)
+        backbones = network.backbones
         if self.base is not None:
-            peftlite.quantize_base(bert, settings.target_names(), self.base)
-        targets = None if self.top is None else peftlite.top_layers(bert, ALL_LINEAR, self.top)
+            peftlite.quantize_base(backbones, settings.target_names(), self.base)
+        targets = None if self.top is None else peftlite.top_layers(backbones, ALL_LINEAR, self.top)
         prepare_training(network, settings, targets=targets, options=self.options)
         return network.to(settings.device).train()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import peftlite
+from docs import method_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -140,10 +141,22 @@ def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
     return render(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "No result is committed yet."
 
 
+def _method_table(suite: str, render: Callable[[Mapping[str, Any], method_tables.Table], str]) -> str:
+    return _read(f"methods_{suite}.json", lambda found: render(found, rst_table))
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": lambda: methods(markdown_table, "`"), "results": results},
     "examples/minbert_multitask/README.md": {"minbert": lambda: _read("minbert.json", minbert)},
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
+    "docs/measurements.rst": {
+        "accuracy": lambda: _method_table("accuracy", method_tables.accuracy),
+        "ranks": lambda: _method_table("accuracy", method_tables.ranks),
+        "cost": lambda: _method_table("cost", method_tables.cost),
+        "intruders": lambda: _method_table("intruders", method_tables.intruders),
+        "qlora_accuracy": lambda: _method_table("accuracy", method_tables.qlora_accuracy),
+        "qlora": lambda: _method_table("qlora", method_tables.qlora),
+    },
 }
 
 
