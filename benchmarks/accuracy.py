@@ -54,6 +54,11 @@ class Protocol:
     amp: str = "bf16"
     seed: int = 0
     threads: int = 1
+    weights: str = "minilm"
+
+    def record(self) -> dict[str, Any]:
+        """What the result file says of the protocol; no folder of this machine."""
+        return {**asdict(self), "weights": Path(self.weights).name}
 
     def settings(self, data: str) -> Settings:
         """The example's settings; dropout in the backbone is off, as in the example's recorded runs."""
@@ -65,6 +70,7 @@ class Protocol:
             amp=self.amp,
             seed=self.seed,
             threads=self.threads,
+            weights=self.weights,
             backbone_dropout=0.0,
             device="cpu",
         )
@@ -275,10 +281,12 @@ def run(names: list[str], protocol: Protocol, data: str, output: Path, result: P
     splits = load_splits(protocol, data, output / "token-cache")
     for count, name in enumerate(names, start=1):
         recipe, place = RECIPES[name], f"[{count}/{len(names)}] {name}"
-        settings = {**asdict(protocol), **recipe.record(), "examples": [len(s) for s in splits]}
+        settings = {**protocol.record(), **recipe.record(), "examples": [len(s) for s in splits]}
         with claimed(output / "cells" / f"{name}.lock") as mine:
             cells = ResultFile(output / "cells" / f"{name}.json", "accuracy")
-            known = name in cells.cells and cells.cells[name]["settings"] == json.loads(json.dumps(settings))
+            # What a cell does not name is younger than the cell, and was what is now the default
+            before = {**asdict(Protocol()), **cells.cells[name]["settings"]} if name in cells.cells else None
+            known = before == json.loads(json.dumps(settings))
             if not mine or (known and not fresh):
                 print(f"{place}: {'finished before' if mine else 'another process is at it'}", flush=True)
                 continue
@@ -288,7 +296,8 @@ def run(names: list[str], protocol: Protocol, data: str, output: Path, result: P
             cells.add(name, facts, settings, figures)
             seconds = f"{figures['seconds']:.0f} s, on the CPU {figures['cpu_seconds']:.0f} s"
             print(f"  {name}: dev {figures['dev']:.4f}, {seconds}", flush=True)
-        collect(output, result)
+            collect(output, result)
+    collect(output, result)  # all may have been finished before
 
 
 def collect(output: Path, result: Path) -> None:

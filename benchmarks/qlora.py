@@ -44,11 +44,19 @@ class Short:
     examples: int = 320
     batch_size: int = 32
     lr: float = 1e-3
+    weights: str = "minilm"
 
 
 def protocol_of(short: Short) -> Protocol:
     """One epoch in fp32, on examples drawn from train."""
-    return Protocol(amp="off", epochs=1, batch_size=short.batch_size, search_examples=short.examples, held_examples=1)
+    return Protocol(
+        amp="off",
+        epochs=1,
+        batch_size=short.batch_size,
+        search_examples=short.examples,
+        held_examples=1,
+        weights=short.weights,
+    )
 
 
 def settings_of(short: Short, data: str) -> Settings:
@@ -147,7 +155,7 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def run(short: Short, data: str, output: Path, result: Path, *, fresh: bool = False) -> None:
     """Measure, unless it has been with these settings on this machine and commit."""
     torch.set_num_threads(1)
-    facts, cells, record = machine(), ResultFile(result, "qlora"), asdict(short)
+    facts, cells, record = machine(), ResultFile(result, "qlora"), {**asdict(short), "weights": Path(short.weights).name}
     if fresh or not cells.finished("qlora", facts, record):
         cells.add("qlora", facts, record, measure(short, data, output))
     figures = cells.cells["qlora"]["figures"]
@@ -172,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        short_run(Short(**{spec.name: getattr(given, spec.name) for spec in fields(Short)}), given.data,
-                  given.output / "token-cache", given.file)  # fmt: skip
+        short = Short(**{spec.name: getattr(given, spec.name) for spec in fields(Short)})
+        short_run(short, given.data, given.output / "token-cache", given.file)
     finally:
         dist.destroy_process_group()
 
