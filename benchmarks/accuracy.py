@@ -6,15 +6,13 @@ they do not see, at the recipe's usual rate, at a third and at three times that;
 grid grows by a step there. Dev is scored once, after the last step.
 """
 
-import dataclasses
 import fcntl
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +22,12 @@ from torch import Tensor, nn
 
 import peftlite
 from benchmarks.harness import RESULTS, ResultFile, machine, write_result
+from benchmarks.protocol import TASK, Protocol, Splits, load_splits
 from benchmarks.recipes import RANKS, RECIPES, Recipe
 from examples.minbert_multitask.controllers import saving
 from examples.minbert_multitask.data import TaskData, collate
-from examples.minbert_multitask.evaluate import autocast, load_data, task_outputs
-from examples.minbert_multitask.network import MultitaskBert, build_network, parameter_counts
+from examples.minbert_multitask.evaluate import autocast, task_outputs
+from examples.minbert_multitask.network import MultitaskBert, parameter_counts
 from examples.minbert_multitask.progress import Progress
 from examples.minbert_multitask.schedule import lr_factor
 from examples.minbert_multitask.settings import Settings
@@ -36,83 +35,8 @@ from examples.minbert_multitask.tasks import task_loss
 from examples.minbert_multitask.trainer import BatchStream
 from peftlite.methods.dylora import set_rank
 
-TASK = "sst"
 RESULT = RESULTS / "methods_accuracy.json"
 SPACING = 3.0  # between neighbouring learning rates
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all recipes share, and a figure depends on."""
-
-    epochs: int = 2
-    batch_size: int = 32
-    search_examples: int = 1600
-    held_examples: int = 512
-    grid: int = 3  # learning rates tried at first
-    grow: int = 2  # and at most so many more
-    amp: str = "bf16"
-    seed: int = 0
-    threads: int = 1
-    weights: str = "minilm"
-
-    def record(self) -> dict[str, Any]:
-        """What the result file says of the protocol; no folder of this machine."""
-        return {**asdict(self), "weights": Path(self.weights).name}
-
-    def settings(self, data: str) -> Settings:
-        """The example's settings; dropout in the backbone is off, as in the example's recorded runs."""
-        return Settings(
-            data=data,
-            tasks=TASK,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            amp=self.amp,
-            seed=self.seed,
-            threads=self.threads,
-            weights=self.weights,
-            backbone_dropout=0.0,
-            device="cpu",
-        )
-
-
-class Splits(NamedTuple):
-    """All of train, dev, and two disjoint parts of train: to search on, and to judge the search by."""
-
-    train: TaskData
-    dev: TaskData
-    search: TaskData
-    held: TaskData
-
-
-def part(data: TaskData, index: list[int]) -> TaskData:
-    """The examples of `data` at `index`; a single sentence each."""
-    return dataclasses.replace(
-        data,
-        ids=[data.ids[i] for i in index],
-        first=[data.first[i] for i in index],
-        labels=data.labels[index],
-    )
-
-
-def load_splits(protocol: Protocol, data: str, cache: Path) -> Splits:
-    """The data, tokenised.
-
-    Raises:
-        ValueError: train is too small for the parts that the search needs.
-    """
-    settings = protocol.settings(data).resolved()
-    _, tokenizer = build_network(settings)
-    train, dev = (load_data(settings, split, tokenizer, cache)[TASK] for split in ("train", "dev"))
-    order = list(range(len(train)))
-    random.Random(f"{protocol.seed}/search").shuffle(order)
-    needed = protocol.search_examples + protocol.held_examples
-    if needed > len(order):
-        raise ValueError(
-            f"train has {len(order)} examples, the search needs {needed}; lower --search-examples or --held-examples"
-        )
-    held = protocol.held_examples
-    return Splits(train, dev, part(train, order[held:needed]), part(train, order[:held]))
 
 
 class Training(NamedTuple):

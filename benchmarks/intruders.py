@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import peftlite
-from benchmarks.accuracy import Protocol
 from benchmarks.harness import RESULTS, ResultFile, machine
+from benchmarks.protocol import Protocol
 from benchmarks.recipes import RECIPES, Recipe
 from examples.minbert_multitask.network import build_network
 from examples.minbert_multitask.settings import ALL_LINEAR

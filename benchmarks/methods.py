@@ -18,12 +18,13 @@ from typing import Any
 
 from benchmarks import accuracy, intruders, method_cost, qlora
 from benchmarks.harness import RedGateError
+from benchmarks.protocol import Protocol
 from benchmarks.recipes import RECIPES
 
 SETTINGS: dict[str, type[Any]] = {  # of each suite; every field is an option
     "cost": method_cost.CostSettings,
-    "accuracy": accuracy.Protocol,
-    "intruders": accuracy.Protocol,
+    "accuracy": Protocol,
+    "intruders": Protocol,
     "qlora": qlora.Short,
 }
 RESULTS = {

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import peftlite
-from benchmarks.accuracy import Protocol, load_splits, train
+from benchmarks.accuracy import train
 from benchmarks.harness import RESULTS, ROOT, ResultFile, machine
+from benchmarks.protocol import Protocol, load_splits
 from benchmarks.recipes import RECIPES
 from examples.minbert_multitask.evaluate import task_outputs
 from examples.minbert_multitask.network import build_network

@@ -85,7 +85,7 @@ def accuracy(found: Found, table: Table) -> str:
     rows = []
     for name, cell in sorted(cells.items(), key=lambda item: -item[1]["figures"]["dev"]):
         figures, settings = cell["figures"], cell["settings"]
-        adapted = settings["method"] not in ("full", "linear-probe", "bitfit", "lisa")
+        adapted = settings["method"] not in ("full", "linear-probe", "bitfit", "lisa", "ia3")
         against = points(figures["right"], reference["figures"]["right"]) if reference and name != BASELINE else NONE
         rows.append(
             [
