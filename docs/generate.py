@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import peftlite
-from docs import step_tables
+from docs import method_tables, step_tables
 from docs.invariants import coverage, marked_tests
 from docs.invariants import sections as invariant_sections
 
@@ -197,6 +197,10 @@ def _read(name: str, render: Callable[[Mapping[str, Any]], str]) -> str:
     return render(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "No result is committed yet."
 
 
+def _method_table(suite: str, render: Callable[[Mapping[str, Any], method_tables.Table], str]) -> str:
+    return _read(f"methods_{suite}.json", lambda found: render(found, rst_table))
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": lambda: methods(markdown_table, "`"), "results": results},
     "examples/minbert_multitask/README.md": {"minbert": lambda: _read("minbert.json", minbert)},
@@ -208,6 +212,14 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/choosing_a_method.rst": {"choices": choices},
     "docs/invariants.rst": {"invariants": invariants},
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
+    "docs/measurements.rst": {
+        "accuracy": lambda: _method_table("accuracy", method_tables.accuracy),
+        "ranks": lambda: _method_table("accuracy", method_tables.ranks),
+        "cost": lambda: _method_table("cost", method_tables.cost),
+        "intruders": lambda: _method_table("intruders", method_tables.intruders),
+        "qlora_accuracy": lambda: _method_table("accuracy", method_tables.qlora_accuracy),
+        "qlora": lambda: _method_table("qlora", method_tables.qlora),
+    },
 }
 
 

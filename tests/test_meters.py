@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite import quantize_base
 from peftlite.analysis.meters import Saved, Transient, count_operations, flops, saved_for_backward, transient_bytes
 
 
@@ -95,6 +96,17 @@ def test_saved_bytes_of_relu_after_linear():
     x.requires_grad_()
     assert saved_for_backward(run) == Saved(4 * (4 * 5 + 4 * 6 + 6 * 5), 3)
     assert saved_for_backward(run, exclude=[layer]) == Saved(4 * (4 * 5 + 4 * 6), 2)
+
+
+def test_a_packed_matrix_counts_with_what_holds_it():
+    model = quantize_base(nn.Sequential(nn.Linear(64, 32)), "0")
+    x = torch.randn(4, 64, requires_grad=True)
+
+    def run():
+        return model(x)
+
+    assert saved_for_backward(run) == Saved(model[0].weight.nbytes, 4)  # codes, scales, their scales, and their offset
+    assert saved_for_backward(run, exclude=[model]) == Saved(0, 0)
 
 
 def test_a_storage_saved_by_producer_and_consumer_counts_once():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from examples.minbert_multitask.model import BertModel
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import TASKS
 from examples.minbert_multitask.weights import load_bert
+from peftlite.targets import Targets
 
 # Slope and offset of the cosine at the start. A similarity is 0..5 where the cosine is 0..1; the logit of a duplicate
 # is 0 at the cosine where sentence-tuned encoders part duplicates from the rest, and about +-3 at either end of the
@@ -102,8 +105,20 @@ def build_network(settings: Settings, bert: BertModel | None = None) -> tuple[Mu
     return MultitaskBert(bert if bert is not None else loaded, settings), folder
 
 
-def prepare_training(network: MultitaskBert, settings: Settings) -> None:
+def prepare_training(
+    network: MultitaskBert,
+    settings: Settings,
+    *,
+    targets: Targets | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
     """Inject the adapters and freeze what the method does not train. Heads always train.
+
+    Args:
+        network: From `build_network`.
+        settings: Resolved settings.
+        targets: What to adapt, in place of the targets that the settings name.
+        options: Further options of the adapter method, such as `{"rslora": True}`.
 
     Raises:
         ValueError: If a target matches nothing, the rank does not fit, ... (from `peftlite.inject_adapters`).
@@ -111,7 +126,7 @@ def prepare_training(network: MultitaskBert, settings: Settings) -> None:
     if settings.has_adapters():
         peftlite.inject_adapters(
             network.backbones,
-            settings.target_names(),
+            settings.target_names() if targets is None else targets,
             injected_rank(settings),
             method=settings.layer_method(),
             alpha=settings.alpha,
@@ -119,6 +134,7 @@ def prepare_training(network: MultitaskBert, settings: Settings) -> None:
             # Held in the dtype that autocast would cast them to, or it would do so anew in every forward
             base_dtype=torch.bfloat16 if settings.base_dtype == "bf16" else None,
             seed=settings.seed,
+            **(options or {}),
         )
     elif settings.method == "linear-probe":
         network.backbones.requires_grad_(False)

@@ -9,11 +9,13 @@ from examples.minbert_multitask.network import MultitaskBert, adapted_parameters
 from examples.minbert_multitask.settings import Settings
 
 
-def make_optimizer(network: MultitaskBert, settings: Settings) -> optim.Optimizer:
+def make_optimizer(
+    network: MultitaskBert, settings: Settings, *, lora_plus_ratio: float = 1.0
+) -> optim.Optimizer:
     """AdamW or Adamax over everything that the run will ever train; each group keeps its peak rate as `peak_lr`.
 
     With progressive unfreezing all that will be released must be in it, so that is left trainable: `schedule.release`
-    freezes it again until its time.
+    freezes it again until its time. For `lora_plus_ratio` see `peftlite.param_groups`.
     """
     groups = peftlite.param_groups(network.heads, settings.head_lr, weight_decay=settings.weight_decay)
     if settings.method != "linear-probe":
@@ -24,7 +26,11 @@ def make_optimizer(network: MultitaskBert, settings: Settings) -> optim.Optimize
                     parameter.requires_grad_(True)
         beside_adapters = settings.unfreeze_lr if settings.has_adapters() else settings.lr
         groups += peftlite.param_groups(
-            network.backbones, settings.lr, head_lr=beside_adapters, weight_decay=settings.weight_decay
+            network.backbones,
+            settings.lr,
+            head_lr=beside_adapters,
+            weight_decay=settings.weight_decay,
+            lora_plus_ratio=lora_plus_ratio,
         )
     for group in groups:
         group["peak_lr"] = group["lr"]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 _BACKENDS = ("CPU", "CUDA", "CompositeExplicitAutograd")
@@ -154,14 +154,23 @@ def saved_for_backward(function: Callable[[], object], *, exclude: Iterable[nn.M
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in there:
-            saved[storage._cdata] = storage
+        for part in _plain_parts(tensor):
+            storage = part.untyped_storage()
+            if storage._cdata not in there:
+                saved[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return Saved(sum(storage.nbytes() for storage in saved.values()), len(saved))
+
+
+def _plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the numbers of `tensor`: itself, or what a packed one is made of, whose own storage is a sham."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
 
 
 class _LiveStorages(TorchDispatchMode):
