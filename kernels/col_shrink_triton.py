@@ -107,6 +107,9 @@ def _col_shrink_kernel(
                 byte = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
                 bits = load_bits(MASK, row, byte, stride_mask, rows, tl.cdiv(columns, 8))
                 x = tl.where(kept(bits, BLOCK_M, BLOCK_C), x, tl.zeros((BLOCK_M, BLOCK_C), X0.dtype.element_ty))
+            elif X0.dtype.element_ty == tl.float32:
+                # Through registers: the copy straight to where a transposed operand stands is made of 4-byte pieces.
+                x = tl.where(in_columns[None, :], x, 0.0)
             product = dot(tl.trans(x), v, product, PRECISION)
 
     place = group * splits + split
