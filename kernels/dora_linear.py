@@ -113,9 +113,9 @@ def dora_linears(
     implementation = choose("dora_linear", impl, x, layers[0].weight)
     x = x.to(compute_dtype(x))
     if implementation == "triton" and (dropout_mode == "lowrank" or dropout == 0.0):
-        from peftlite.kernels.dora_linear_triton import dora_linear_triton
+        from peftlite.kernels.dora_linear_triton import dora_linears_triton
 
-        return [dora_linear_triton(x, *layer, dropout, norm_grad) for layer in layers]
+        return dora_linears_triton(x, layers, dropout, norm_grad)
     mask = draw_keep_mask(x, dropout)
     keep = 1.0 - dropout
     squares = [None] * len(layers) if base_squares is None else base_squares

@@ -1,78 +1,247 @@
-"""dora_linear in Triton: three launches forward and seven backward, besides what is prepared once per step.
+"""dora_linear in Triton, for layers that read the same x: 3 launches forward and 7 backward, for three layers 5 and 9.
 
-Forward: the base product, T1 for ``h``, T3 for gain and bias in place. Backward: T2 reads dY and y once for dB, dm, db and
-``D = g ⊙ dY``; T1 makes ``u``; the base product and T3 make dx; T2 makes dA. The host never waits for the device.
+What is prepared once per step comes on top. Forward: the base product of each layer, T1 for ``h``, T3 for gain and bias in
+place. Backward: T2 reads dY and y once for dB, dm, db and ``D = g ⊙ dY``; T1 makes ``u``; the base products and T3 make dx;
+T2 makes dA. One layer is the simplest group. The host never waits for the device.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from peftlite.kernels.col_shrink_triton import Magnitudes, col_shrink
 from peftlite.kernels.dispatch import saved_tensors, without_autocast
 from peftlite.kernels.expand_triton import expand_
+from peftlite.kernels.group_triton import alike, rows_side_by_side
 from peftlite.kernels.lora_linear_triton import (
     LARGE_RANK,
+    base_gradient,
+    base_products,
+    chosen,
     contiguous_like,
     draw_seed,
     empty_bits,
+    factor_a_gradients,
+    factor_b_products,
     packed_like,
-    rows_side_by_side,
-    shrink_gradient,
+    shrink_gradients,
     shrink_x,
-    wide_product,
 )
+from peftlite.kernels.low_rank import flatten, unflatten
 from peftlite.kernels.pack_triton import pack_adapters
-from peftlite.kernels.prepared_triton import prepared
+from peftlite.kernels.prepared_triton import prepare
 from peftlite.kernels.row_norm import inverse_norm_gradients
 from peftlite.kernels.row_norm_triton import EPS, row_norm_gain
+from peftlite.kernels.weight_decomposed import DoRAArguments
 
 
-def dora_linear_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    scale: float,
-    dropout: float,
-    norm_grad: bool,
-) -> Tensor:
-    """`dora_linear` for `x` in the dtype of the computation; `dropout` is rounded to a multiple of 2⁻¹⁶."""
+def dora_linears_triton(x: Tensor, layers: Sequence[DoRAArguments], dropout: float, norm_grad: bool) -> list[Tensor]:
+    """`dora_linears` for `x` in the dtype of the computation; `dropout` is rounded to a multiple of 2⁻¹⁶."""
     rows = x.reshape(-1, x.shape[-1])
-    seed = draw_seed(x.device) if dropout > 0 else None
-    values = (weight, lora_a.detach(), lora_b.detach(), magnitude.detach())
+    seed = draw_seed(x.device) if dropout > 0 else None  # one for all, so that layers that run apart share the mask too
+    ys: dict[int, Tensor] = {}
     if torch.compiler.is_compiling():
-        a, b, gains = _prepare_op(*values, scale, x.dtype)
-        run: Any = _forward_op
+        for place, layer in enumerate(layers):
+            *tensors, scale = layer
+            factors = (layer.lora_a.detach(), layer.lora_b.detach(), layer.magnitude.detach())
+            packed = _prepare_op(layer.weight, *factors, scale, x.dtype)
+            ys[place] = _forward_op(rows, *tensors, *packed, seed, scale, dropout, norm_grad)[0]
     else:
-        found = prepared(lora_a, scale, x.dtype)
-        a, b, gains = found if found and found[2] is not None else _prepare(*values, scale, x.dtype, fresh=False)
-        run = _DoRA.apply
-    y, *_ = run(rows, weight, bias, lora_a, lora_b, magnitude, a, b, gains, seed, scale, dropout, norm_grad)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _prepare(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    fresh: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed A and B, and ``(g, n) (2, out)``; new tensors all of them if `fresh`."""
-    a, b = pack_adapters(lora_a, lora_b, dtype, out=packed_like(lora_a, lora_b, dtype) if fresh else None)
-    return a, b, row_norm_gain(rows_side_by_side(weight.detach()), a, b, magnitude, scale)
+        for places in alike(layers):
+            group = [layers[place] for place in places]
+            a, bs, gains = prepare(group, x.dtype)
+            flat = flatten([(*layer, b, gain) for layer, b, gain in zip(group, bs, gains, strict=True)])
+            ys.update(zip(places, _DoRA.apply(rows, a, seed, dropout, norm_grad, *flat), strict=False))
+    return [ys[place].view(*x.shape[:-1], layer.weight.shape[0]) for place, layer in enumerate(layers)]
 
 
 def dora_forward(
+    x: Tensor,
+    layers: Sequence[DoRAArguments],
+    a: Tensor,
+    bs: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """``y (M, out)`` of each layer, ``h = s x̃ Aᵀ (M, Σ RP)`` and the bits of the mask (empty without dropout).
+
+    The base product includes the bias, and ``g ⊙ (inner + b) + (1 - g) ⊙ b`` is computed: where g is 1 the very bits of the
+    base layer come out. `gains` holds g and n ``(2, out)`` of each layer, the rest is as in `low_rank_forward`.
+    """
+    with without_autocast(x.device):
+        ys = base_products(x, layers)
+        h, mask = shrink_x(rows_side_by_side(x), a, layers[0].scale, seed, dropout)
+        biases = _biases(layers)
+        ones, gs = [1.0] * len(layers), [gain[0] for gain in gains]
+        expand_(ys, h, bs, ones, by_rank=False, gains=gs, biases=biases, bias_inside=biases is not None)
+        return ys, h, mask
+
+
+def dora_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    layers: Sequence[DoRAArguments],
+    a: Tensor,
+    bs: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    ys: Sequence[Tensor | None],
+    h: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    norm_grad: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """The gradient of x, and those of each layer's bias, lora_a, lora_b and magnitude, for the gradients ``dy (M, out)``.
+
+    `needs` says which of x, bias, lora_a, lora_b and magnitude have one; the others are as in `dora_forward`.
+    """
+    with without_autocast(dys[0].device):
+        need_x, need_bias, need_a, need_b, need_m = needs
+        nothing: list[Any] = [None] * len(layers)
+        dys, gs, norms = [rows_side_by_side(dy) for dy in dys], [gain[0] for gain in gains], [gain[1] for gain in gains]
+        large = bs[0].shape[1] > LARGE_RANK
+        through_norm = norm_grad and (need_a or need_b)
+        das = nothing
+        dbs = [contiguous_like(layer.lora_b) for layer in layers] if need_b and not large else nothing
+        keep_ds = need_x or (large and (need_a or need_b))
+        ds = [contiguous_like(dy) for dy in dys] if keep_ds else nothing  # D = g ⊙ dY
+        dms = [torch.empty_like(norm) for norm in norms] if through_norm else nothing
+        if need_m and not through_norm:
+            dms = [contiguous_like(layer.magnitude) for layer in layers]
+        biases = _biases(layers) if need_bias else None
+        dbiases = [contiguous_like(bias) for bias in biases] if biases else nothing
+        if any(outputs is not nothing for outputs in (dbs, ds, dms, dbiases)):
+            some = dbs is not nothing
+            col_shrink(
+                dys,
+                h if some else None,
+                dbs if some else [],
+                [1.0] * len(dbs) if some else [],
+                gains=gs,
+                scaled=None if ds is nothing else ds,
+                magnitudes=None if dms is nothing else _magnitudes(dms, x, layers, bs, norms, ys, h),
+                biases=None if dbiases is nothing else dbiases,
+            )
+        dx = None
+        if need_x or need_a:
+            u = shrink_gradients(ds if keep_ds else dys, bs, layers[0].scale, dropout, None if keep_ds else gs)
+        if need_x:
+            dx = base_gradient(ds, layers)
+            expand_([dx], u, [a], [1.0], by_rank=True, mask=mask)
+        if need_a:
+            assert x is not None
+            das = factor_a_gradients(x, u, [layer.lora_a for layer in layers], mask, large)
+        if need_b and large:
+            dbs = factor_b_products(ds, h, [layer.lora_b for layer in layers])
+        grads: list[list[Tensor | None]] = []
+        for dbias, da, db, dm, layer, norm in zip(dbiases, das, dbs, dms, layers, norms, strict=True):
+            if through_norm:
+                factors = (layer.weight, layer.lora_a, layer.lora_b, layer.scale)
+                more_a, more_b = inverse_norm_gradients(*factors, dm * layer.magnitude, norm, EPS)
+                da, db = None if da is None else da + more_a, None if db is None else db + more_b
+                dm = dm.to(layer.magnitude.dtype)
+            grads.append([dbias, da, db, dm])
+        return dx, grads
+
+
+def _biases(layers: Sequence[DoRAArguments]) -> list[Tensor] | None:
+    """Those of all layers, or None where they have none."""
+    return [layer.bias for layer in layers if layer.bias is not None] or None
+
+
+def _magnitudes(
+    dms: Sequence[Tensor],
+    x: Tensor | None,
+    layers: Sequence[DoRAArguments],
+    bs: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    ys: Sequence[Tensor | None],
+    h: Tensor,
+) -> Magnitudes:
+    assert x is not None
+    outputs = [y for y in ys if y is not None]
+    weights = [layer.weight.contiguous() for layer in layers]
+    return Magnitudes(outputs, _biases(layers), norms, dms, rows_side_by_side(x), h, weights, bs, [1.0] * len(layers))
+
+
+class _DoRA(torch.autograd.Function):
+    """Saves x, h, gains, packed factors, the mask in bits and the output y, whose storage its consumer usually saves too."""
+
+    @staticmethod
+    def forward(x: Tensor, a: Tensor, seed: Tensor | None, dropout: float, norm_grad: bool, *flat: Any) -> tuple[Tensor, ...]:
+        fields = unflatten(flat, 8)
+        layers, bs, gains = [DoRAArguments(*layer[:6]) for layer in fields], [f[6] for f in fields], [f[7] for f in fields]
+        ys, h, mask = dora_forward(x, layers, a, bs, gains, seed, dropout)
+        return *ys, h, mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, a, _seed, ctx.dropout, ctx.norm_grad, *flat = inputs
+        *ys, h, mask = output
+        count = len(ys)
+        ctx.mark_non_differentiable(h, mask)
+        ctx.set_materialize_grads(False)
+        ctx.count, ctx.scale = count, flat[5 * count]
+        # alike for all layers
+        ctx.needs = [ctx.needs_input_grad[k] for k in (0, *range(5 + count, 5 + 5 * count, count))]
+        need_x, need_y = _saves(ctx.needs[2:], ctx.norm_grad)
+        kept = ys if need_y else [None] * count
+        ctx.save_for_backward(x if need_x else None, a, h, mask, *flat[: 5 * count], *flat[6 * count :], *kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, a, h, mask, *flat = saved_tensors("dora_linear", ctx)
+        count, fields = ctx.count, unflatten(flat, 8)
+        used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
+        grads: list[list[Tensor | None]] = [[None] * 8 for _ in fields]
+        dx = None
+        if used:
+            bs, gains, ys = ([fields[k][field] for k in used] for field in (5, 6, 7))
+            dx, found = dora_backward(
+                [dys[k] for k in used],  # type: ignore[misc]
+                x,
+                [DoRAArguments._make([*fields[k][:5], ctx.scale]) for k in used],
+                chosen(a, used, count, 0),
+                bs,
+                gains,
+                ys,
+                chosen(h, used, count, 1),
+                mask if ctx.dropout > 0 else None,
+                ctx.dropout,
+                ctx.norm_grad,
+                ctx.needs,
+            )
+            for k, own in zip(used, found, strict=True):
+                grads[k][1:5] = [grad if need else None for grad, need in zip(own, ctx.needs[1:], strict=True)]
+        return dx, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
+
+
+# See lora_linear on what computing the signature costs.
+_DoRA.forward.__signature__ = inspect.signature(_DoRA.forward)  # type: ignore[attr-defined]
+
+
+def _saves(need: Sequence[bool], norm_grad: bool) -> tuple[bool, bool]:
+    """Whether the backward pass reads x, and y, where `need` says which of lora_a, lora_b and magnitude have a gradient."""
+    need_a, need_b, need_m = need
+    need_y = need_m or (norm_grad and (need_a or need_b))
+    return need_a or need_y, need_y
+
+
+def _prepare(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed A and B, and ``(g, n) (2, out)``; new tensors all of them."""
+    a, b = pack_adapters(lora_a, lora_b, dtype, out=packed_like(lora_a, lora_b, dtype))
+    return a, b, row_norm_gain(rows_side_by_side(weight.detach()), a, b, magnitude, scale)
+
+
+def _single_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -87,21 +256,12 @@ def dora_forward(
     dropout: float,
     norm_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y (M, out)``, ``h = s x̃ Aᵀ (M, RP)`` and the bits of the mask (empty without dropout).
-
-    The base product includes the bias, and ``g ⊙ (inner + b) + (1 - g) ⊙ b`` is computed: where g is 1 the very bits of the
-    base layer come out.
-    """
-    with without_autocast(x.device):
-        dtype = x.dtype
-        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        h, mask = shrink_x(rows_side_by_side(x), a, scale, seed, dropout)
-        biases = None if bias is None else [bias]
-        expand_([y], h, [b], [1.0], by_rank=False, gains=[gains[0]], biases=biases, bias_inside=bias is not None)
-        return y, h, mask
+    layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
+    (y,), h, mask = dora_forward(x, [layer], a, [b], [gains], seed, dropout)
+    return y, h, mask
 
 
-def dora_backward(
+def _single_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -120,113 +280,36 @@ def dora_backward(
     norm_grad: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of `dora_forward` that `needs` asks for, in the order x, bias, lora_a, lora_b, magnitude."""
-    with without_autocast(dy.device):
-        need_x, need_bias, need_a, need_b, need_m = needs
-        dy, gain, norm = rows_side_by_side(dy), gains[0], gains[1]
-        x = None if x is None else rows_side_by_side(x)
-        large = h.shape[1] > LARGE_RANK
-        through_norm = norm_grad and (need_a or need_b)
-        db = contiguous_like(lora_b) if need_b and not large else None
-        inner_grad = contiguous_like(dy) if need_x or (large and (need_a or need_b)) else None  # D = g ⊙ dY
-        dm = torch.empty_like(norm) if through_norm else contiguous_like(magnitude) if need_m else None
-        dbias = None if bias is None or not need_bias else contiguous_like(bias)
-        if not (db is None and inner_grad is None and dm is None and dbias is None):
-            col_shrink(
-                [dy],
-                None if db is None else h,
-                [] if db is None else [db],
-                [] if db is None else [1.0],
-                gains=[gain],
-                scaled=None if inner_grad is None else [inner_grad],
-                magnitudes=None if dm is None else _magnitudes(dm, x, weight, bias, b, norm, y, h),
-                biases=None if dbias is None else [dbias],
-            )
-        dx = da = None
-        if need_x or need_a:
-            d, factor = (dy, gain) if inner_grad is None else (inner_grad, None)
-            u = shrink_gradient(d, b, scale, dropout, factor)
-        if need_x:
-            assert inner_grad is not None
-            dx = inner_grad @ weight.to(dy.dtype)
-            expand_([dx], u, [a], [1.0], by_rank=True, mask=mask)
-        if need_a:
-            assert x is not None
-            if large and mask is None:
-                da = wide_product(u[:, : lora_a.shape[0]].T, x, lora_a.dtype)
-            else:
-                da = contiguous_like(lora_a)
-                col_shrink([x], u, [da], [1.0], by_rank=True, mask=mask)
-        if need_b and large:
-            assert inner_grad is not None
-            db = wide_product(inner_grad.T, h[:, : lora_b.shape[1]], lora_b.dtype)
-        if through_norm:
-            assert dm is not None
-            more_a, more_b = inverse_norm_gradients(weight, lora_a, lora_b, scale, dm * magnitude, norm, EPS)
-            da, db = None if da is None else da + more_a, None if db is None else db + more_b
-            dm = dm.to(magnitude.dtype)
-        found = (dx, dbias, da, db, dm)
-        return [grad for grad, need in zip(found, needs, strict=True) if need and grad is not None]
+    layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
+    dx, (adapter,) = dora_backward([dy], x, [layer], a, [b], [gains], [y], h, mask, dropout, norm_grad, needs)
+    return [grad for grad, need in zip((dx, *adapter), needs, strict=True) if need and grad is not None]
 
 
-def _magnitudes(
-    dm: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    norm: Tensor,
-    y: Tensor | None,
-    h: Tensor,
-) -> Magnitudes:
-    assert x is not None
-    assert y is not None
-    biases = None if bias is None else [bias]
-    return Magnitudes([y], biases, [norm], [dm], x, h, [weight.contiguous()], [b], [1.0])
+def _save_single(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, *tensors, _seed, ctx.scale, ctx.dropout, ctx.norm_grad = inputs
+    y, h, mask = output
+    ctx.mark_non_differentiable(h, mask)
+    ctx.set_materialize_grads(False)
+    need_x, need_y = _saves(ctx.needs_input_grad[3:6], ctx.norm_grad)
+    ctx.save_for_backward(x if need_x else None, *tensors, y if need_y else None, h, mask)
 
 
-# See lora_linear on what computing the signature costs.
-dora_forward.__signature__ = inspect.signature(dora_forward)  # type: ignore[attr-defined]
-
-
-class _DoRA(torch.autograd.Function):
-    """Saves x, h, gains, packed factors, the mask in bits and the output y, whose storage its consumer usually saves too."""
-
-    forward = staticmethod(dora_forward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, lora_a, lora_b, magnitude, a, b, gains, _seed, ctx.scale, ctx.dropout, ctx.norm_grad = inputs
-        y, h, mask = output
-        ctx.mark_non_differentiable(h, mask)
-        ctx.set_materialize_grads(False)
-        need_a, need_b, need_m = ctx.needs_input_grad[3:6]
-        need_y = need_m or (ctx.norm_grad and (need_a or need_b))
-        kept = (x if need_a or need_y else None, weight, bias, lora_a, lora_b, magnitude, a, b, gains)
-        ctx.save_for_backward(*kept, y if need_y else None, h, mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dora_backward, dy)
-
-
-def _gradients(ctx: Any, run: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _single_gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
     *tensors, mask = saved_tensors("dora_linear", ctx)
     need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
     needs = [need_x, need_bias, need_a, need_b, need_m]
     options = (mask if ctx.dropout > 0 else None, ctx.scale, ctx.dropout, ctx.norm_grad, needs)
-    grads = iter(run(dy, *tensors, *options))
+    grads = iter(_backward_op(dy, *tensors, *options))
     dx, dbias, da, db, dm = (next(grads) if need else None for need in needs)
     return dx, None, dbias, da, db, dm, *(None,) * 7
 
 
 _prepare_op = torch.library.custom_op("peftlite::prepare_dora", _prepare, mutates_args=())
-_forward_op = torch.library.custom_op("peftlite::dora_linear_triton", dora_forward, mutates_args=())
-_backward_op = torch.library.custom_op("peftlite::dora_linear_triton_backward", dora_backward, mutates_args=())
-_forward_op.register_autograd(lambda ctx, dy, *_: _gradients(ctx, _backward_op, dy), setup_context=_DoRA.setup_context)
+_forward_op = torch.library.custom_op("peftlite::dora_linear_triton", _single_forward, mutates_args=())
+_backward_op = torch.library.custom_op("peftlite::dora_linear_triton_backward", _single_backward, mutates_args=())
+_forward_op.register_autograd(_single_gradients, setup_context=_save_single)
 
 
 @_prepare_op.register_fake

@@ -85,9 +85,9 @@ def lora_linears(x: Tensor, layers: Sequence[LoRAArguments], *, dropout: float =
     implementation = choose("lora_linear", impl, x, layers[0].weight)
     x = x.to(compute_dtype(x))
     if implementation == "triton":
-        from peftlite.kernels.lora_linear_triton import lora_linear_triton
+        from peftlite.kernels.lora_linear_triton import lora_linears_triton
 
-        return [lora_linear_triton(x, *layer, dropout) for layer in layers]
+        return lora_linears_triton(x, layers, dropout)
     mask = draw_keep_mask(x, dropout)
     keep = 1.0 - dropout
     if implementation == "reference":

@@ -5,16 +5,19 @@ are not raised by fused optimizers and by writes to ``.data``. What can be seen 
 stands elsewhere, or whose version is higher, is not what was prepared.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peftlite.kernels.pack_triton import pack_grouped, padded_rank
-from peftlite.kernels.row_norm_triton import row_norm_gain_grouped
+from peftlite.kernels.group_triton import rows_side_by_side, stacked
+from peftlite.kernels.pack_triton import pack_adapters, pack_grouped, padded_rank
+from peftlite.kernels.row_norm_triton import row_norm_gain, row_norm_gain_grouped
 from peftlite.kernels.table_triton import Module, tables
 
 
@@ -42,7 +45,10 @@ class Layer:
 
 
 class Prepared:
-    """Packed factors and gains of many layers in `dtype`, written by one launch of each kernel per kind of layer."""
+    """Packed factors and gains of many layers in `dtype`, written by one launch of each kernel per kind of layer.
+
+    Neighbours in `layers` whose packed A have one shape have them side by side, as those that run together want it.
+    """
 
     def __init__(self, layers: Iterable[Layer], dtype: torch.dtype) -> None:
         self.layers, self.dtype = list(layers), dtype
@@ -52,14 +58,18 @@ class Prepared:
     def _build(self) -> None:
         self.places = [layer.place() for layer in self.layers]
         self.versions = [layer.versions() for layer in self.layers]
-        self.modules = [self._module(layer) for layer in self.layers]
+        self.modules = []
+        for (device, rank, columns), run in groupby(self.layers, key=_shape):
+            neighbours = list(run)
+            packed = torch.empty(len(neighbours), rank, columns, dtype=self.dtype, device=device)
+            self.modules += [self._module(layer, a) for layer, a in zip(neighbours, packed, strict=True)]
         self.packing = tables(self.modules)
         self.norms = tables([module for module in self.modules if module.weight is not None])
 
-    def _module(self, layer: Layer) -> Module:
+    def _module(self, layer: Layer, packed_a: Tensor) -> Module:
         a, b = layer.lora_a.detach(), layer.lora_b.detach()
-        rank, (rows, columns) = padded_rank(a.shape[0]), (b.shape[0], a.shape[1])
-        packed = a.new_empty(rank, columns, dtype=self.dtype), a.new_empty(rows, rank, dtype=self.dtype)
+        rows = len(b)
+        packed = packed_a, b.new_empty(rows, len(packed_a), dtype=self.dtype)
         if layer.weight is None or layer.magnitude is None:
             return Module(a, b, *packed, scale=layer.scale)
         out = a.new_empty(2, rows, dtype=torch.float32)
@@ -77,6 +87,11 @@ class Prepared:
             written = [module.packed_a, module.packed_b] + ([] if module.out is None else [module.out])
             torch.autograd.graph.increment_version(written)
         self.fresh = True
+
+
+def _shape(layer: Layer) -> tuple[torch.device, int, int]:
+    rank, columns = layer.lora_a.shape
+    return layer.lora_a.device, padded_rank(rank), columns
 
 
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -100,3 +115,33 @@ def prepared(lora_a: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, 
         return None
     module = preparation.modules[number]
     return module.packed_a, module.packed_b, module.out
+
+
+def prepare(layers: Sequence[Any], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What a forward pass of layers that run together needs: prepared already, or else prepared now.
+
+    Args:
+        layers: `LoRAArguments` or `DoRAArguments` of one padded rank and width of the input.
+        dtype: of the computation.
+
+    Returns:
+        A of all, side by side ``(Σ RP, in)``, B ``(out, RP)`` of each, and for DoRA g and n ``(2, out)`` of each.
+    """
+    magnitudes = [getattr(layer, "magnitude", None) for layer in layers]
+    found = [prepared(layer.lora_a, layer.scale, dtype) for layer in layers]
+    ready = [f for f, magnitude in zip(found, magnitudes, strict=True) if f and (magnitude is None or f[2] is not None)]
+    if len(ready) == len(layers):
+        return stacked([f[0] for f in ready]), [f[1] for f in ready], [f[2] for f in ready if f[2] is not None]
+    factors = [(layer.lora_a.detach(), layer.lora_b.detach()) for layer in layers]
+    outs: list[Any] = [None]
+    if len(layers) > 1:
+        (_, columns), rank = factors[0][0].shape, padded_rank(len(factors[0][0]))
+        a = factors[0][0].new_empty(len(layers), rank, columns, dtype=dtype)
+        outs = [(own, b.new_empty(len(b), rank, dtype=dtype)) for own, (_, b) in zip(a, factors, strict=True)]
+    packed = [pack_adapters(*pair, dtype, out=out) for pair, out in zip(factors, outs, strict=True)]
+    gains = [
+        row_norm_gain(rows_side_by_side(layer.weight.detach()), *own, magnitude.detach(), layer.scale)
+        for layer, own, magnitude in zip(layers, packed, magnitudes, strict=True)
+        if magnitude is not None
+    ]
+    return stacked([a for a, _ in packed]), [b for _, b in packed], gains

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from peftlite.fusion import FusedGroup
 from peftlite.kernels.dispatch import triton_obstacle
 from peftlite.methods.dora import DoRALinear
 from peftlite.methods.lora import LoRALinear
@@ -41,7 +42,7 @@ class StepCache:
     """
 
     def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer, dtype: torch.dtype) -> None:
-        layers = [m for m in model.modules() if isinstance(m, (LoRALinear, DoRALinear))]
+        layers = _in_order(model)
         if not layers:
             raise ValueError(f"StepCache: {type(model).__name__} has no LoRA or DoRA layer; call inject_adapters first.")
         if not optimizers:
@@ -80,6 +81,16 @@ class StepCache:
 
     def _after_step(self, *_: Any) -> None:
         self.refresh()
+
+
+def _in_order(model: nn.Module) -> list[LoRALinear | DoRALinear]:
+    """The layers, with those that run together next to each other: their packed factors then lie side by side."""
+    layers = [m for m in model.modules() if isinstance(m, (LoRALinear, DoRALinear))]
+    places = {layer: (place, 0) for place, layer in enumerate(layers)}
+    for place, layer in enumerate(layers):
+        if isinstance(layer.group, FusedGroup) and layer is layer.group.layers[0]:
+            places |= {member: (place, number) for number, member in enumerate(layer.group.layers) if member in places}
+    return sorted(layers, key=places.__getitem__)
 
 
 def _tensors(layer: LoRALinear | DoRALinear, make: Any) -> Any:
