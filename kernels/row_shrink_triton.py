@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftlite.kernels.configs import config
+from peftlite.kernels.configs import config, fitted
 from peftlite.kernels.dropout_triton import draw_bits, drop_threshold, kept, load_bits
 from peftlite.kernels.group_triton import check_rows, four, pick
 from peftlite.kernels.launch_triton import architecture, launch
@@ -132,6 +132,7 @@ def row_shrink(
         mask = torch.empty(rows, triton.cdiv(x.shape[1], 8), dtype=torch.uint8, device=x.device)
     h = torch.empty(rows, len(xs) * rank, dtype=x.dtype, device=x.device)
     tile = config("row_shrink", arch=(arch := architecture(x.device)), dtype=x.dtype, rank=rank, columns=widest, rows=rows)
+    tile = fitted(tile, xs, BLOCK_C=32, BLOCK_R=64)
     launch(
         _row_shrink_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(rank, tile["BLOCK_R"]), len(xs)),
