@@ -66,7 +66,7 @@ REAL = Plan(
     flush=FLUSH,
 )
 REHEARSED = Plan(
-    odd=[(7, 40, 33, 3)],
+    odd=[(3, 40, 33, 3)],
     timed=[(16, 32, 48, 4)],
     rounds=1,
     warmup=0,
@@ -201,7 +201,13 @@ def run(plan: Plan, device: torch.device) -> dict[str, Any]:
     """
     checks = check(plan, device)
     graph_checks, graph_figures = graph_replay(
-        device, width=plan.width, layers=plan.layers, batch=plan.batch, rounds=plan.rounds, clock=Clock(device, plan.flush)
+        device,
+        width=plan.width,
+        layers=plan.layers,
+        batch=plan.batch,
+        rounds=plan.rounds,
+        warmup=plan.warmup,
+        clock=Clock(device, plan.flush),
     )
     require_green([*checks, *graph_checks])
     return {"checks": len(checks) + len(graph_checks), "layers": time_layers(plan, device), "graph": graph_figures}

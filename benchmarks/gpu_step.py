@@ -51,7 +51,14 @@ def captured(step: Step, *, warmup: int = 3) -> Callable[[], None]:
 
 
 def graph_replay(
-    device: torch.device, *, width: int, layers: int, batch: tuple[int, int], rounds: int, clock: Callable[..., float]
+    device: torch.device,
+    *,
+    width: int,
+    layers: int,
+    batch: tuple[int, int],
+    rounds: int,
+    warmup: int,
+    clock: Callable[..., float],
 ) -> tuple[list[Check], dict[str, Any]]:
     """Losses of replayed against eager steps, bit for bit, and the milliseconds of both.
 
@@ -61,6 +68,7 @@ def graph_replay(
         layers: transformer layers.
         batch: rows and tokens.
         rounds: timed rounds.
+        warmup: steps before a graph is captured, and rounds before the timed ones.
         clock: milliseconds of a piece of work.
     """
     torch.manual_seed(0)
@@ -85,7 +93,7 @@ def graph_replay(
         return Step(model, (ids, torch.ones_like(ids)))
 
     eager, recorded = step("dora"), step("dora")
-    warmup, followed = 3, 3
+    followed = 2
     for _ in range(warmup):
         eager()
     replay = captured(recorded, warmup=warmup)
@@ -99,9 +107,9 @@ def graph_replay(
         Check("minBERT: losses of replayed steps that differ from eager ones", differences, 0),
         Check("minBERT: the loss falls", losses[-1] - losses[0], 0.0),
     ]
-    lora = step("lora")
-    candidates = {"dora eager": eager, "dora replayed": replay, "lora eager": lora, "lora replayed": captured(step("lora"))}
-    samples = interleaved({name: (lambda w=w: clock(w)) for name, w in candidates.items()}, rounds=rounds)
+    lora, lora_recorded = step("lora"), captured(step("lora"), warmup=warmup)
+    candidates = {"dora eager": eager, "dora replayed": replay, "lora eager": lora, "lora replayed": lora_recorded}
+    samples = interleaved({name: (lambda w=w: clock(w)) for name, w in candidates.items()}, rounds=rounds, warmup=warmup)
     return checks, {
         "ms": {name: spread(taken) for name, taken in samples.items()},
         "eager / replayed": ratios(samples["dora eager"], samples["dora replayed"]),
