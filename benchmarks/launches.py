@@ -90,19 +90,22 @@ class Scenario:
 
 
 def _around(bound: str) -> list[int]:
-    """Each value of `bound` in the table, and one beyond them; not rank 0, which large ranks launch where cuBLAS multiplies."""
+    """Each value of `bound` in the table, and one beyond them; not rank 0, where large ranks leave the product to cuBLAS."""
     entries = [entry for listed in configs.read(configs.BUILT_IN).values() for entry in listed]
     values = sorted({entry["when"][bound] for entry in entries if entry["when"].get(bound)})
     return [*values, max([LARGE[bound], *(2 * value for value in values)])]
 
 
-def scenarios(dtypes: Sequence[torch.dtype]) -> Iterator[Scenario]:
+def scenarios(dtypes: Sequence[torch.dtype], *, brief: bool = False) -> Iterator[Scenario]:
     """Every pass whose launches differ: all shapes in the dtypes that have tiles of their own, all options for one shape.
 
     fp16 differs from bf16 in the name of a type alone, so that the least rank will do there. Options other than dropout take
     work out of a kernel, so that the least rank will do too. Rows off 16-byte borders cost registers, at all sizes of tiles.
+    With `brief` the least and the greatest rank stand for all.
     """
     ranks, rows, columns = (_around(name) for name in ("rank", "rows", "columns"))
+    if brief:
+        ranks = [ranks[0], ranks[-1]]
     for dtype in dtypes:
         own = dtype != torch.float16
         for rank in ranks if own else ranks[:1]:
@@ -141,7 +144,8 @@ def launched(scenario: Scenario, architecture: str) -> list[Variant]:
 
 def record(architecture: str) -> Record:
     """Every launch of every scenario on `architecture`, repeated ones included; on gfx in bf16 alone, for information."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if architecture.startswith("sm_") else (torch.bfloat16,)
+    brief = not architecture.startswith("sm_")
+    dtypes = (torch.bfloat16,) if brief else (torch.bfloat16, torch.float16, torch.float32)
     looked_up: set[int] = set()
     look_up: Callable[..., dict[str, int]] = configs._config
 
@@ -152,7 +156,7 @@ def record(architecture: str) -> Record:
 
     configs._config = noted  # type: ignore[assignment]
     try:
-        found = [variant for scenario in scenarios(dtypes) for variant in launched(scenario, architecture)]
+        found = [variant for scenario in scenarios(dtypes, brief=brief) for variant in launched(scenario, architecture)]
     finally:
         configs._config = look_up  # type: ignore[assignment]
     missed = set()

@@ -118,7 +118,7 @@ def expand_(
         biases: b of each, `(C,)`.
         bias_inside: Y has the bias already, so that ``g ⊙ (Y + s V Pᵀ) + (1 - g) ⊙ b`` is computed: where g is 1
             nothing changes. Needs `gains` and `biases`.
-        mask: bits `(M, ceil(C / 8))` as `dropout_triton.draw_mask` makes them, one for the whole group.
+        mask: bits `(M, ceil(C / 8))` as `row_shrink` draws them, one for the whole group.
 
     Raises:
         ValueError: if shapes or strides do not fit.

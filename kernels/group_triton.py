@@ -87,8 +87,3 @@ def check_rows(name: str, tensors: Sequence[Tensor], rows: int) -> None:
                 f"{name} must have {rows} rows with stride(-1) = 1, got shape {tuple(tensor.shape)} and strides "
                 f"{tensor.stride()}; call .contiguous() before."
             )
-
-
-def wide_rows(x: Tensor) -> bool:
-    """Whether Triton knows that every row of `x` starts at a multiple of 16 bytes and ends there, so that it loads 128 bits at once."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0

@@ -108,7 +108,7 @@ def row_shrink(
         by_rank: whether the rows of P belong to ranks (A) and not to columns of X (B).
         gains: g of each, fp32 `(C,)`: ``f(X) = g ⊙ X`` rounded to the dtype of X.
         mask: bits `(M, ceil(C / 8))`: ``f(X) = mask ⊙ X``; the group must then be of one.
-        seed: one int64 on the device: the mask is drawn here, as `dropout_triton.draw_mask` would, and returned.
+        seed: one int64 on the device: the mask is drawn here, and returned.
         dropout: probability of dropping an element, with `seed`.
 
     Returns:
