@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftlite.kernels.configs import config
+from peftlite.kernels.configs import config, fitted
 from peftlite.kernels.dropout_triton import kept, load_bits
 from peftlite.kernels.group_triton import check_rows, four, pick
 from peftlite.kernels.launch_triton import architecture, launch
@@ -137,6 +137,7 @@ def expand_(
         raise ValueError("expand_: bias_inside takes the bias out again where the gain is not 1: give gains and biases.")
     widest = max(y.shape[1] for y in ys)
     tile = config("expand", arch=(arch := architecture(v.device)), dtype=v.dtype, rank=rank, columns=widest, rows=rows)
+    tile = fitted(tile, ys, BLOCK_M=64, BLOCK_C=64)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(widest, tile["BLOCK_C"]), len(ys))
     launch(
         _expand_kernel,
