@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from peftlite.kernels import configs
-from peftlite.kernels.dora_linear import dora_linear
-from peftlite.kernels.dropout_triton import draw_mask
+from peftlite.kernels.dora_linear import DoRAArguments, dora_linears
 from peftlite.kernels.launch_triton import Launch, recording
-from peftlite.kernels.lora_linear import lora_linear
+from peftlite.kernels.lora_linear import LoRAArguments, lora_linears
 from peftlite.kernels.prepared_triton import Layer, Prepared
 
 LARGE = {"rank": 384, "columns": 4096, "rows": 8192}  # at least; more where a bound of the table reaches that far
@@ -34,7 +33,7 @@ class Variant(NamedTuple):
 class Scenario:
     """One forward and backward pass of `operation` on tensors without values.
 
-    Besides ``"lora"`` and ``"dora"`` there are ``"prepare"``, what a step prepares for many layers, and ``"mask"``.
+    Besides ``"lora"`` and ``"dora"`` there is ``"prepare"``, what a step prepares for many layers.
     """
 
     operation: str
@@ -47,6 +46,7 @@ class Scenario:
     dropout: float = 0.0
     x_grad: bool = True
     norm_grad: bool = False
+    layers: int = 1  # that read the same x
 
     @property
     def aligned(self) -> bool:
@@ -59,6 +59,7 @@ class Scenario:
             *([f"dropout {self.dropout:g}"] if self.dropout else []),
             *([] if self.x_grad else ["x without gradient"]),
             *(["exact norm"] if self.norm_grad else []),
+            *([f"{self.layers} layers"] if self.layers > 1 else []),
         ]
         shape = f"{self.rows} x {self.in_features} -> {self.out_features}, r={self.rank}"
         return ", ".join([f"{self.operation} {shape}", *flags])
@@ -69,57 +70,61 @@ class Scenario:
         def empty(*shape: int, dtype: torch.dtype = self.dtype, grad: bool = False) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
-        if self.operation == "mask":
-            draw_mask(empty(1, dtype=torch.int64), self.rows, self.in_features, 0.05)
+        x, made = empty(self.rows, self.in_features, grad=self.x_grad), []
+        for _ in range(self.layers):
+            weight = empty(self.out_features, self.in_features)
+            bias = empty(self.out_features) if self.bias else None
+            a = empty(self.rank, self.in_features, dtype=torch.float32, grad=True)
+            b = empty(self.out_features, self.rank, dtype=torch.float32, grad=True)
+            made.append(DoRAArguments(weight, bias, a, b, empty(self.out_features, dtype=torch.float32, grad=True), 2.0))
+        if self.operation == "prepare":
+            stored = [Layer(layer.lora_a, layer.lora_b, layer.scale, layer.weight, layer.magnitude) for layer in made]
+            Prepared(stored, self.dtype).refresh()
             return
-        x, weight = empty(self.rows, self.in_features, grad=self.x_grad), empty(self.out_features, self.in_features)
-        bias = empty(self.out_features) if self.bias else None
-        a = empty(self.rank, self.in_features, dtype=torch.float32, grad=True)
-        b = empty(self.out_features, self.rank, dtype=torch.float32, grad=True)
-        options: dict[str, Any] = {"dropout": self.dropout, "impl": "triton"}
         if self.operation == "lora":
-            y = lora_linear(x, weight, bias, a, b, 2.0, **options)
+            plain = [LoRAArguments(*layer[:4], layer.scale) for layer in made]
+            ys = lora_linears(x, plain, dropout=self.dropout, impl="triton")
         else:
-            magnitude = empty(self.out_features, dtype=torch.float32, grad=True)
-            if self.operation == "prepare":
-                Prepared([Layer(a, b, 2.0, weight, magnitude)], self.dtype).refresh()
-                return
-            y = dora_linear(x, weight, bias, a, b, magnitude, 2.0, norm_grad=self.norm_grad, **options)
-        y.backward(empty(*y.shape))
+            ys = dora_linears(x, made, dropout=self.dropout, norm_grad=self.norm_grad, impl="triton")
+        torch.autograd.backward(ys, [empty(*y.shape) for y in ys])
 
 
 def _around(bound: str) -> list[int]:
-    """Each value of `bound` in the table, and one beyond them."""
+    """Each value of `bound` in the table, and one beyond them; not rank 0, where large ranks leave the product to cuBLAS."""
     entries = [entry for listed in configs.read(configs.BUILT_IN).values() for entry in listed]
-    values = sorted({entry["when"][bound] for entry in entries if bound in entry["when"]})
+    values = sorted({entry["when"][bound] for entry in entries if entry["when"].get(bound)})
     return [*values, max([LARGE[bound], *(2 * value for value in values)])]
 
 
-def scenarios(dtypes: Sequence[torch.dtype]) -> Iterator[Scenario]:
+def scenarios(dtypes: Sequence[torch.dtype], *, brief: bool = False) -> Iterator[Scenario]:
     """Every pass whose launches differ: all shapes in the dtypes that have tiles of their own, all options for one shape.
 
-    fp16 differs from bf16 in the name of a type alone, so that the least and the greatest rank will do there.
+    fp16 differs from bf16 in the name of a type alone, so that the least rank will do there. Options other than dropout take
+    work out of a kernel, so that the least rank will do too. Rows off 16-byte borders cost registers, at all sizes of tiles.
+    With `brief` the least and the greatest rank stand for all.
     """
     ranks, rows, columns = (_around(name) for name in ("rank", "rows", "columns"))
+    if brief:
+        ranks = [ranks[0], ranks[-1]]
     for dtype in dtypes:
         own = dtype != torch.float16
-        for rank in ranks if own else (ranks[0], ranks[-1]):
+        for rank in ranks if own else ranks[:1]:
             for m in rows:
                 for c in columns if own else columns[-1:]:
                     yield Scenario("dora", dtype, m, c, c, rank)
             yield Scenario("lora", dtype, rows[-1], columns[-1], columns[-1], rank, dropout=0.05)
             yield Scenario("dora", dtype, rows[-1], columns[-1], columns[-1], rank, dropout=0.05)
-        for rank in (ranks[0], ranks[-1]) if own else ():
-            large = (dtype, rows[-1], columns[-1], columns[-1], rank)
+        if own:
+            large = (dtype, rows[-1], columns[-1], columns[-1], ranks[0])
             yield Scenario("lora", *large)
             yield Scenario("dora", *large, bias=False)
             yield Scenario("dora", *large, x_grad=False)
             yield Scenario("lora", *large, x_grad=False, dropout=0.05)
             yield Scenario("dora", *large, norm_grad=True)
-        if own:
-            yield Scenario("dora", dtype, 33, 100, 77, 3, dropout=0.05)
-            yield Scenario("prepare", dtype, 1, columns[-1], columns[-1], ranks[0])
-            yield Scenario("mask", dtype, rows[-1], columns[-1], columns[-1], ranks[0])
+            yield Scenario("dora", *large, layers=3)
+            yield Scenario("prepare", *large)
+            for rank in (3, ranks[-1]) if dtype == torch.bfloat16 else (3, *ranks[-2:]):
+                yield Scenario("dora", dtype, 33, 100, 77, rank, dropout=0.05)
 
 
 class Record(NamedTuple):
@@ -139,7 +144,8 @@ def launched(scenario: Scenario, architecture: str) -> list[Variant]:
 
 def record(architecture: str) -> Record:
     """Every launch of every scenario on `architecture`, repeated ones included; on gfx in bf16 alone, for information."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if architecture.startswith("sm_") else (torch.bfloat16,)
+    brief = not architecture.startswith("sm_")
+    dtypes = (torch.bfloat16,) if brief else (torch.bfloat16, torch.float16, torch.float32)
     looked_up: set[int] = set()
     look_up: Callable[..., dict[str, int]] = configs._config
 
@@ -150,7 +156,7 @@ def record(architecture: str) -> Record:
 
     configs._config = noted  # type: ignore[assignment]
     try:
-        found = [variant for scenario in scenarios(dtypes) for variant in launched(scenario, architecture)]
+        found = [variant for scenario in scenarios(dtypes, brief=brief) for variant in launched(scenario, architecture)]
     finally:
         configs._config = look_up  # type: ignore[assignment]
     missed = set()

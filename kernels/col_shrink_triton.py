@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftlite.kernels.col_finish_triton import Magnitudes, finish_columns, finish_factors
-from peftlite.kernels.configs import config
+from peftlite.kernels.configs import config, fitted
 from peftlite.kernels.dropout_triton import kept, load_bits
 from peftlite.kernels.group_triton import check_rows, four, pick
 from peftlite.kernels.launch_triton import architecture, launch
@@ -107,6 +107,9 @@ def _col_shrink_kernel(
                 byte = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
                 bits = load_bits(MASK, row, byte, stride_mask, rows, tl.cdiv(columns, 8))
                 x = tl.where(kept(bits, BLOCK_M, BLOCK_C), x, tl.zeros((BLOCK_M, BLOCK_C), X0.dtype.element_ty))
+            elif X0.dtype.element_ty == tl.float32:
+                # Through registers: the copy straight to where a transposed operand stands is made of 4-byte pieces.
+                x = tl.where(in_columns[None, :], x, 0.0)
             product = dot(tl.trans(x), v, product, PRECISION)
 
     place = group * splits + split
@@ -158,7 +161,8 @@ def col_shrink(
     _check(xs, v, factors, by_rank, gains, mask, scaled, magnitudes, biases)
     like = xs[0]
     arch = architecture(like.device)
-    tile = dict(config("col_shrink", arch=arch, dtype=like.dtype, rank=rank, columns=widest, rows=rows))
+    tile = config("col_shrink", arch=arch, dtype=like.dtype, rank=rank, columns=widest, rows=rows)
+    tile = dict(fitted(tile, xs, BLOCK_R=32))
     blocks = triton.cdiv(rows, tile["BLOCK_M"])
     per_split = triton.cdiv(blocks, tile.pop("SPLITS"))
     splits = triton.cdiv(blocks, per_split) if rows else 1

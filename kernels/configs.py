@@ -11,11 +11,13 @@ or a list), and `rank`, `columns` and `rows` as upper bounds. The first that app
 
 import json
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BUILT_IN = Path(__file__).with_name("configs.json")
 VARIABLE = "PEFTLITE_CONFIGS"
@@ -42,6 +44,16 @@ def config(kernel: str, *, arch: str, dtype: torch.dtype, rank: int, columns: in
     name = str(dtype).partition(".")[2]
     bucket = 1 << max(rows - 1, 0).bit_length()
     return _config(kernel, arch, name, rank, columns, bucket, os.environ.get(VARIABLE))
+
+
+def fitted(tile: dict[str, int], streams: Sequence[Tensor], **most: int) -> dict[str, int]:
+    """`tile`, its sizes cut down to `most` where rows of one of `streams` do not start and end on 16-byte borders.
+
+    There elements are loaded one by one, and each load keeps an address in registers: larger tiles would spill.
+    """
+    if all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in streams):
+        return tile
+    return tile | {name: min(tile[name], size) for name, size in most.items()}
 
 
 def kernels() -> list[str]:

@@ -3,6 +3,9 @@
 The draws are outputs of Philox 4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
 counter is (column // 8, row): one call decides eight neighbouring columns, one byte of the mask. Tiles, splits and launches
 therefore do not change a mask. The seed is read on the device, so that a captured CUDA graph draws anew in each replay.
+
+T1 draws the mask beside its product and stores the bits, which the backward pass reads: a kernel that draws alone would be
+one more launch, and in the passes over x nothing would be saved.
 """
 
 from collections.abc import Sequence
@@ -11,9 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from peftlite.kernels.configs import config
-from peftlite.kernels.launch_triton import architecture, launch
 
 LEVELS = 1 << 16  # probabilities are multiples of 1 / LEVELS
 ROUNDS = tl.constexpr(7)
@@ -68,32 +68,6 @@ def kept(bits, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """
     single = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(single, (BLOCK_M, BLOCK_C)) != 0
-
-
-@triton.jit(do_not_specialize=["rows", "threshold"])
-def _draw_mask_kernel(MASK, SEED, rows, byte_count, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    byte = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    bits = draw_bits(tl.load(SEED), row, byte, threshold)
-    inside = (row < rows)[:, None] & (byte < byte_count)[None, :]
-    tl.store(MASK + row[:, None] * byte_count + byte[None, :], bits.to(tl.uint8), mask=inside)
-
-
-def draw_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
-    """Draw the mask of a `(rows, columns)` matrix: `(rows, ceil(columns / 8))` of uint8, a set bit keeps its element.
-
-    Args:
-        seed: one int64 on the device.
-        rows: of the matrix.
-        columns: of the matrix.
-        dropout: probability of dropping an element, rounded as `drop_threshold` says.
-    """
-    byte_count = triton.cdiv(columns, 8)
-    mask = torch.empty(rows, byte_count, dtype=torch.uint8, device=seed.device)
-    tile = config("dropout", arch=architecture(seed.device), dtype=torch.uint8, rank=1, columns=columns, rows=rows)
-    grid = (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(byte_count, tile["BLOCK_C"]))
-    launch(_draw_mask_kernel, grid, mask, seed, rows, byte_count, drop_threshold(dropout), **tile)
-    return mask
 
 
 def unpack_mask(mask: Tensor, columns: int) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftlite.kernels.configs import config
+from peftlite.kernels.configs import config, fitted
 from peftlite.kernels.dropout_triton import kept, load_bits
 from peftlite.kernels.group_triton import check_rows, four, pick
 from peftlite.kernels.launch_triton import architecture, launch
@@ -118,7 +118,7 @@ def expand_(
         biases: b of each, `(C,)`.
         bias_inside: Y has the bias already, so that ``g ⊙ (Y + s V Pᵀ) + (1 - g) ⊙ b`` is computed: where g is 1
             nothing changes. Needs `gains` and `biases`.
-        mask: bits `(M, ceil(C / 8))` as `dropout_triton.draw_mask` makes them, one for the whole group.
+        mask: bits `(M, ceil(C / 8))` as `row_shrink` draws them, one for the whole group.
 
     Raises:
         ValueError: if shapes or strides do not fit.
@@ -137,6 +137,7 @@ def expand_(
         raise ValueError("expand_: bias_inside takes the bias out again where the gain is not 1: give gains and biases.")
     widest = max(y.shape[1] for y in ys)
     tile = config("expand", arch=(arch := architecture(v.device)), dtype=v.dtype, rank=rank, columns=widest, rows=rows)
+    tile = fitted(tile, ys, BLOCK_M=64, BLOCK_C=64)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(widest, tile["BLOCK_C"]), len(ys))
     launch(
         _expand_kernel,

@@ -1,7 +1,8 @@
 """Several matrices in one launch: up to four of each argument, picked by the program's index.
 
 Modules that read the same input (query, key and value) run together. Their pointers are ordinary arguments, not a table in
-memory: a table would have to be copied to the device, which a captured CUDA graph forbids.
+memory: a table would have to be copied to the device, which a captured CUDA graph forbids. Which layers run together is
+decided here too.
 """
 
 from collections.abc import Sequence
@@ -14,10 +15,6 @@ from torch import Tensor
 
 from peftlite.kernels.pack_triton import padded_rank
 
-LARGEST_GROUP = 4
-
-T = TypeVar("T")
-
 
 @triton.jit
 def pick(index, a, b, c, d, GROUP: tl.constexpr):
@@ -29,6 +26,11 @@ def pick(index, a, b, c, d, GROUP: tl.constexpr):
     if GROUP > 3:
         a = tl.where(index == 3, d, a)
     return a
+
+
+LARGEST_GROUP = 4
+
+T = TypeVar("T")
 
 
 def four(items: Sequence[T]) -> tuple[T, ...]:

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftlite.kernels.configs import config
 from peftlite.kernels.launch_triton import architecture, launch
 from peftlite.kernels.numerics_triton import TL_DTYPES, dot, input_precision, widened
-from peftlite.kernels.table_triton import Table
+from peftlite.kernels.table_triton import Table, norm_tile
 
 EPS = 1e-12  # as in dora_linear
+# of the second kernel, which adds the slices up
 FINISH = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
 
 
@@ -177,7 +177,7 @@ def row_norm_gain(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None
     rows, columns = weight.shape
     arch, rank = architecture(weight.device), a.shape[0]
     out = torch.empty(2, rows, dtype=torch.float32, device=weight.device)
-    tile = config("row_norm", arch=arch, dtype=weight.dtype, rank=rank, columns=columns, rows=rows)
+    tile = norm_tile(weight, rank)
     split = tile["SPLIT"]
     parts = out if split == 1 else torch.empty(split, rows, dtype=torch.float32, device=weight.device)
     gained = out if magnitude is None else magnitude

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftlite.kernels.configs import config
+from peftlite.kernels.configs import config, fitted
 from peftlite.kernels.dropout_triton import draw_bits, drop_threshold, kept, load_bits
 from peftlite.kernels.group_triton import check_rows, four, pick
 from peftlite.kernels.launch_triton import architecture, launch
@@ -108,7 +108,7 @@ def row_shrink(
         by_rank: whether the rows of P belong to ranks (A) and not to columns of X (B).
         gains: g of each, fp32 `(C,)`: ``f(X) = g ⊙ X`` rounded to the dtype of X.
         mask: bits `(M, ceil(C / 8))`: ``f(X) = mask ⊙ X``; the group must then be of one.
-        seed: one int64 on the device: the mask is drawn here, as `dropout_triton.draw_mask` would, and returned.
+        seed: one int64 on the device: the mask is drawn here, and returned.
         dropout: probability of dropping an element, with `seed`.
 
     Returns:
@@ -132,6 +132,7 @@ def row_shrink(
         mask = torch.empty(rows, triton.cdiv(x.shape[1], 8), dtype=torch.uint8, device=x.device)
     h = torch.empty(rows, len(xs) * rank, dtype=x.dtype, device=x.device)
     tile = config("row_shrink", arch=(arch := architecture(x.device)), dtype=x.dtype, rank=rank, columns=widest, rows=rows)
+    tile = fitted(tile, xs, BLOCK_C=32, BLOCK_R=64)
     launch(
         _row_shrink_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(rank, tile["BLOCK_R"]), len(xs)),

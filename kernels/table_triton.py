@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftlite.kernels.configs import config
+from peftlite.kernels.configs import config, fitted
 from peftlite.kernels.launch_triton import DTYPES, architecture
 
 
@@ -47,9 +47,7 @@ class Module:
         """The tiles of the module's norm, which fix the order of its sums and with it the last bits."""
         if self.weight is None:
             return {}
-        (rows, columns), rank = self.weight.shape, self.packed_a.shape[0]
-        arch = architecture(self.weight.device)
-        return config("row_norm", arch=arch, dtype=self.weight.dtype, rank=rank, columns=columns, rows=rows)
+        return norm_tile(self.weight, self.packed_a.shape[0])
 
     def aligned(self) -> bool:
         """Whether all rows begin at multiples of 16 bytes."""
@@ -78,3 +76,11 @@ def tables(modules: Sequence[Module]) -> list[Table]:
     for module in modules:
         kinds.setdefault((module.lora_a.device, *module.kind()), []).append(module)
     return [Table(group) for group in kinds.values()]
+
+
+def norm_tile(weight: Tensor, rank: int) -> dict[str, int]:
+    """The tiles of the norm of the rows of `weight`; `rank` is the padded one."""
+    rows, columns = weight.shape
+    arch = architecture(weight.device)
+    tile = config("row_norm", arch=arch, dtype=weight.dtype, rank=rank, columns=columns, rows=rows)
+    return fitted(tile, [weight], BLOCK_N=64, BLOCK_K=64)

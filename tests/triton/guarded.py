@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from peftlite.kernels.row_shrink_triton import row_shrink
+
 MARGIN = 64  # elements on either side; a multiple of 16 bytes, so that the tensor stays aligned
 CANARY = -1234.0  # exact in every dtype
 
@@ -73,3 +75,11 @@ def assert_summed(what: str, actual: Tensor, exact: Tensor, terms: int, scale: T
     size = (exact if scale is None else scale).norm().item()
     error, allowed = (actual.double() - exact).norm().item(), 4 * 2.0**-24 * max(1, terms) ** 0.5 * size
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} for sums of {terms} terms"
+
+
+def draw_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    """The bits that T1 draws for a matrix `(rows, columns)`."""
+    x, a = torch.zeros(rows, columns), torch.zeros(16, columns)
+    _, mask = row_shrink([x], [a], [1.0], by_rank=True, seed=seed, dropout=dropout)
+    assert mask is not None
+    return mask

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from guarded import Guards, assert_rounded, assert_summed
+from guarded import Guards, assert_rounded, assert_summed, draw_mask
 
 from peftlite.kernels import col_shrink_triton
 from peftlite.kernels.col_finish_triton import Magnitudes
 from peftlite.kernels.col_shrink_triton import col_shrink
-from peftlite.kernels.dropout_triton import draw_mask, keep_mask_reference
+from peftlite.kernels.dropout_triton import keep_mask_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 8, 16), (7, 72, 16), (33, 100, 32), (129, 100, 64), (75, 257, 48)]  # rows, columns, padded rank

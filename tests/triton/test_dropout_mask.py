@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from guarded import Guards
+from guarded import Guards, draw_mask
 
-from peftlite.kernels import dropout_triton
+from peftlite.kernels import row_shrink_triton
 from peftlite.kernels.dropout_triton import (
-    draw_mask,
     drop_threshold,
     keep_mask_reference,
     keep_probability,
@@ -31,8 +30,8 @@ def test_bits_equal_the_torch_form(rows, columns, seed):
 def test_a_mask_depends_on_seed_and_position_alone(monkeypatch):
     seed = torch.tensor([SEED])
     first = draw_mask(seed, 20, 100, 0.5)
-    original = dropout_triton.config
-    monkeypatch.setattr(dropout_triton, "config", lambda *a, **k: original(*a, **k) | {"BLOCK_M": 8, "BLOCK_C": 32})
+    original = row_shrink_triton.config
+    monkeypatch.setattr(row_shrink_triton, "config", lambda *a, **k: original(*a, **k) | {"BLOCK_M": 16, "BLOCK_C": 16})
     assert torch.equal(draw_mask(seed, 20, 100, 0.5), first)
     assert torch.equal(draw_mask(seed, 25, 140, 0.5)[:20, :12], first[:, :12])
     assert not torch.equal(draw_mask(seed + 1, 20, 100, 0.5), first)

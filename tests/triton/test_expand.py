@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from guarded import Guards, assert_rounded
+from guarded import Guards, assert_rounded, draw_mask
 
-from peftlite.kernels.dropout_triton import draw_mask, keep_mask_reference
+from peftlite.kernels.dropout_triton import keep_mask_reference
 from peftlite.kernels.expand_triton import expand_
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
