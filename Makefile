@@ -9,6 +9,7 @@ SHELL := /bin/bash
 .PHONY: help demo test aot bench docs clean
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 TIMES := $(VENV)/stage-times
@@ -44,7 +45,7 @@ demo: $(VENV)/.examples $(VENV)/.weights
 test: times-new $(VENV)/.test $(VENV)/.weights
 	$(call stage,ruff: style and imports,$(BIN)/python -m ruff check .)
 	$(call stage,mypy: types of the library,$(BIN)/python -m mypy)
-	$(call stage,pytest: all tests,$(BIN)/python -m pytest)
+	$(call stage,pytest: all tests,$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal)
 	$(call stage,sphinx: pages with warnings as errors,$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html)
 	$(call stage,doctest: every example in pages and docstrings,$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest)
 	$(times_show)

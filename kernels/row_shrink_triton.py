@@ -132,7 +132,7 @@ def row_shrink(
         mask = torch.empty(rows, triton.cdiv(x.shape[1], 8), dtype=torch.uint8, device=x.device)
     h = torch.empty(rows, len(xs) * rank, dtype=x.dtype, device=x.device)
     tile = config("row_shrink", arch=(arch := architecture(x.device)), dtype=x.dtype, rank=rank, columns=widest, rows=rows)
-    tile = fitted(tile, xs, BLOCK_C=32, BLOCK_R=64)
+    tile = fitted(tile, xs, BLOCK_C=32, BLOCK_R=32)
     launch(
         _row_shrink_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(rank, tile["BLOCK_R"]), len(xs)),
