@@ -19,7 +19,7 @@ from peftlite.kernels.dispatch import (
     saved_tensors,
 )
 from peftlite.kernels.lora_linear import lora_linears
-from peftlite.kernels.low_rank import LoRAArguments, flatten, unflatten
+from peftlite.kernels.low_rank import LoRAArguments, by_rank, flatten, unflatten
 from peftlite.kernels.row_norm import BaseSquare, accumulation_dtype
 from peftlite.kernels.weight_decomposed import (
     DoRAArguments,
@@ -170,7 +170,7 @@ class _DoRA(torch.autograd.Function):
         count = len(ctx.scales)
         ys, norms, flat = saved[:count], saved[count : 2 * count], saved[2 * count :]
         layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
-        hs = h.split([len(layer.lora_a) for layer in layers], dim=1)
+        hs = by_rank(h, layers, 1)
         need_x = ctx.needs_input_grad[0]
         needs = unflatten(ctx.needs_input_grad[4 : 4 + 6 * count], 6)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient

@@ -20,7 +20,7 @@ from peftlite.kernels.dispatch import (
     saved_tensors,
     without_autocast,
 )
-from peftlite.kernels.low_rank import LoRAArguments, Needs, flatten, low_rank_backward, low_rank_forward, unflatten
+from peftlite.kernels.low_rank import LoRAArguments, Needs, by_rank, flatten, low_rank_backward, low_rank_forward, unflatten
 
 
 def lora_linear(
@@ -149,7 +149,7 @@ class _LoRA(torch.autograd.Function):
         count = len(ctx.scales)
         need_x, _, _, *need = ctx.needs_input_grad
         layers = [LoRAArguments(w, None, a, b, s) for (w, a, b), s in zip(unflatten(saved, 3), ctx.scales, strict=True)]
-        hs = h.split([len(layer.lora_a) for layer in layers], dim=1)
+        hs = by_rank(h, layers, 1)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
         grads: list[Tensor | None] = [None] * (5 * count)
         dx = None

@@ -36,7 +36,7 @@ def low_rank_forward(
         dtype = x.dtype
         h = F.linear(_dropped(x, mask), _stacked([layer.lora_a for layer in layers], dtype))
         ys = []
-        for layer, part in zip(layers, h.split([len(layer.lora_a) for layer in layers], dim=1), strict=True):
+        for layer, part in zip(layers, by_rank(h, layers, 1), strict=True):
             weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
             if mask is None and _update_pays(x, x.shape[1]):
                 ys.append(F.linear(x, _updated(weight, layer), bias))
@@ -96,7 +96,7 @@ def low_rank_backward(
                 assert x is not None
                 # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
                 da = u.T.contiguous() @ _dropped(x, mask)
-                das = da.split([len(layer.lora_a) for layer in layers])
+                das = by_rank(da, layers, 0)
         grads: list[tuple[Tensor | None, Tensor | None]] = []
         for dy, layer, h, da_k, need in zip(dys, layers, hs, das, needs, strict=True):
             db = None
@@ -111,7 +111,7 @@ def _update_pays(rows: Tensor, features: int) -> bool:
 
     In 16 bits never: an update below half a unit in the last place of W would vanish.
     """
-    return rows.device.type == "cpu" and rows.dtype.itemsize >= 4 and len(rows) >= UPDATE_PAYS * features
+    return rows.device.type == "cpu" and rows.dtype.itemsize >= 4 and rows.shape[0] >= UPDATE_PAYS * features
 
 
 def _updated(weight: Tensor, layer: LoRAArguments) -> Tensor:
@@ -124,8 +124,8 @@ def _shrunk(dys: Sequence[Tensor], layers: Sequence[LoRAArguments], keep: float)
     dtype = dys[0].dtype
     if len(layers) == 1:
         return dys[0] @ _scaled(layers[0], keep, dtype)
-    u = dys[0].new_empty(len(dys[0]), sum(layer.lora_b.shape[1] for layer in layers))
-    for part, dy, layer in zip(u.split([layer.lora_b.shape[1] for layer in layers], dim=1), dys, layers, strict=True):
+    u = dys[0].new_empty(dys[0].shape[0], sum(layer.lora_b.shape[1] for layer in layers))
+    for part, dy, layer in zip(by_rank(u, layers, 1), dys, layers, strict=True):
         torch.mm(dy, _scaled(layer, keep, dtype), out=part)
     return u
 
@@ -145,6 +145,11 @@ def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
+def by_rank(tensor: Tensor, layers: Sequence[Any], dim: int) -> Sequence[Tensor]:
+    """The parts of a `tensor` whose `dim` holds the ranks of all layers side by side, one for each layer."""
+    return [tensor] if len(layers) == 1 else tensor.split([layer.lora_a.shape[0] for layer in layers], dim=dim)
+
+
 def flatten(layers: Sequence[tuple[Any, ...]]) -> list[Any]:
     """All weights, then all biases, and so on: the arguments of several layers as an autograd function takes them."""
     return [value for values in zip(*layers, strict=True) for value in values]
@@ -153,4 +158,6 @@ def flatten(layers: Sequence[tuple[Any, ...]]) -> list[Any]:
 def unflatten(flat: Sequence[Any], fields: int) -> list[tuple[Any, ...]]:
     """The reverse of `flatten`, for arguments of so many `fields`."""
     count = len(flat) // fields
+    if count == 1:
+        return [tuple(flat)]
     return list(zip(*(flat[start : start + count] for start in range(0, len(flat), count)), strict=True))

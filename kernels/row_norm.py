@@ -1,6 +1,5 @@
 """row_norm: ``n = ‖W + s B A‖_row`` and its gradient without a dense ``B A``, for DoRA (Liu et al. 2024, arXiv:2402.09353)."""
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -34,7 +33,9 @@ class BaseSquare:
     def probe(self, a: Tensor) -> Tensor:
         """The vector p ``(1, in)``, in the dtype of `a`: of either sign and between 1 and 2 in size."""
         if self._probe is None or self._probe.shape[1] != a.shape[1] or self._probe.dtype != a.dtype:
-            self._probe = _drawn_probe(a.shape[1], a.dtype)
+            generator = torch.Generator().manual_seed(a.shape[1])
+            size = 1 + torch.rand(1, a.shape[1], generator=generator, dtype=torch.float64)
+            self._probe = (size * (2 * torch.randint(2, size.shape, generator=generator) - 1)).to(a.dtype)
         return self._probe
 
     def __call__(self, image: Tensor, weight: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,12 +80,12 @@ def row_norm(
         a, b = lora_a.to(acc), lora_b.to(acc)
         if weight.device.type != "cpu":
             return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
-        rank = len(a)
+        rank = a.shape[0]
         rows_of_a = a if base_square is None else torch.cat([a, base_square.probe(a)])
         if weight.dtype == compute and compute.itemsize == 2:
             cross = (weight @ rows_of_a.to(compute).T).to(acc)  # W [A; p]ᵀ, (out, r + 1)
         else:
-            cross = torch.empty(len(b), len(rows_of_a), dtype=acc)
+            cross = torch.empty(b.shape[0], rows_of_a.shape[0], dtype=acc)
             for rows, w in _blocks(weight, acc):
                 torch.mm(w, rows_of_a.T, out=cross[rows])
         if base_square is None:
@@ -153,13 +154,6 @@ def _base_square(weight: Tensor, acc: torch.dtype) -> Tensor:
     for rows, w in _blocks(weight, acc):
         torch.linalg.vector_norm(w, dim=1, out=square[rows])
     return square.square_()
-
-
-@functools.lru_cache(maxsize=64)
-def _drawn_probe(features: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(features)
-    size = 1 + torch.rand(1, features, generator=generator, dtype=torch.float64)
-    return (size * (2 * torch.randint(2, size.shape, generator=generator) - 1)).to(dtype)
 
 
 def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

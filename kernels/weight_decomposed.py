@@ -3,6 +3,7 @@
 One layer is the simplest case. Derivations and measured choices are in ``kernels/README.md``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,12 +14,12 @@ from torch.nn import functional as F
 from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
 from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.lora_linear import lora_linear_reference
-from peftlite.kernels.low_rank import LoRAArguments, Needs, low_rank_backward, low_rank_forward
+from peftlite.kernels.low_rank import LoRAArguments, Needs, by_rank, low_rank_backward, low_rank_forward
 from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_norm
 
 EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
 LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
-SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed, and m may be 0
+SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed in fp16
 LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
 SAMPLE = 16  # rows of y that this mean is taken over
 
@@ -77,7 +78,7 @@ def weight_decomposed_forward(
     """``y (M, out)`` of each layer, ``h = x̃ Aᵀ (M, Σ r)`` and the norms ``n (out,)``; no other M x out tensor is made."""
     with without_autocast(x.device):
         ys, h = low_rank_forward(x, [layer.low_rank for layer in layers], mask, keep)
-        hs = h.split([len(layer.lora_a) for layer in layers], dim=1)
+        hs = by_rank(h, layers, 1)
         norms = []
         for layer, y, part, base_square in zip(layers, ys, hs, base_squares, strict=True):
             weight, bias, lora_a, lora_b, magnitude, scale = layer
@@ -126,7 +127,7 @@ def weight_decomposed_backward(
             assert y is not None
             inner_grad, dm = scale_columns_backward(dy, y, gain, layer.bias)
             dm /= magnitude
-            lost = _lost_columns(y, layer.bias, gain)
+            lost = _lost_columns(y, layer.bias, gain, dm)
             if lost is not None:
                 inner = _inner_columns(lost, x, layer, h, keep)
                 dm[lost] = (inner.to(norm.dtype) * dy[:, lost]).sum(0) / norm[lost]
@@ -152,13 +153,20 @@ def _inner_columns(columns: Tensor, x: Tensor, layer: DoRAArguments, h: Tensor, 
     return F.linear(x, weight).addmm_(h, lora_b.T, alpha=layer.scale / keep)
 
 
-def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor | None:
-    """The output features whose product ``g ⊙ inner`` cannot be had from y with enough digits, or None."""
-    lost = gain.abs() < SMALL_GAIN if _exceeds(1 / gain, 1 / SMALL_GAIN) else None
+def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> Tensor | None:
+    """The output features whose product ``g ⊙ inner`` cannot be had from y with enough digits, or None.
+
+    They are those where m is zero, so that `dm` is not finite, those where the product may have underflowed in fp16, and
+    those where the bias has swamped it.
+    """
+    lost = None if math.isfinite(dm.sum().item()) else ~dm.isfinite()
+    if y.dtype == torch.float16 and _exceeds(1 / gain, 1 / SMALL_GAIN):
+        small = gain.abs() < SMALL_GAIN
+        lost = small if lost is None else lost | small
     if bias is not None and y.numel():
-        sample = y[:: max(1, len(y) // SAMPLE)]
+        sample = y[:: max(1, y.shape[0] // SAMPLE)]
         share = bias / (sample - bias).abs_().sum(0)
-        limit = LARGE_BIAS / len(sample)
+        limit = LARGE_BIAS / sample.shape[0]
         if _exceeds(share, limit):
             swamped = ~(share.abs() <= limit) & (bias != 0)
             lost = swamped if lost is None else lost | swamped
