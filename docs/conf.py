@@ -55,7 +55,7 @@ os.chdir(here.name)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 """
-doctest_global_cleanup = f"os.chdir({str(Path(__file__).resolve().parents[1])!r})"  # the folder above goes with its page
+doctest_global_cleanup = f"os.chdir({str(ROOT)!r})"  # the folder above goes with its page
 
 
 def changelog_as_rst(app: Sphinx, path: Path, document: str, content: list[str]) -> None:
