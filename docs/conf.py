@@ -38,9 +38,6 @@ import torch
 from torch import nn
 import peftlite
 from peftlite import *
-from peftlite.analysis.intervention import scale_intruders
-from peftlite.analysis.intruders import intruder_report
-from peftlite.analysis.step import benchmark_step
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
 from peftlite.kernels.paca_linear import paca_linear

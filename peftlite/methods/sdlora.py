@@ -276,7 +276,6 @@ def reduced_rank(task: int, *, ranks: Sequence[int] = (10, 8, 6), starts: Sequen
     """The rank of task `task`, counted from 1, in the paper's rank reduction (SD-LoRA-RR).
 
     Example:
-        >>> from peftlite.methods.sdlora import reduced_rank
         >>> [reduced_rank(task) for task in (1, 3, 4, 7, 8, 20)]
         [10, 10, 8, 8, 6, 6]
     """
