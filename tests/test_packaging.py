@@ -1,5 +1,6 @@
 """What is built holds every module, and what is imported is lean."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -12,8 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(code: str, cwd: Path = ROOT) -> str:
-    """Output of `code` in a fresh process, with `cwd` first on the path as in a shell that stands there."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    """Output of `code` in a fresh process, with `cwd` first on the path as in a shell that stands there.
+
+    It may write byte code, as an installed package has it: compiling the sources anew is half of the import's time.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
