@@ -93,12 +93,13 @@ def row_norm(
             floor = base * CANCELLATION
         else:
             base, floor = base_square(cross[:, rank], weight, acc)
-        square = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale).mul_(b).sum(1).add_(base)
-        cancelled = torch.lt(square, floor)  # a square below 0 is among them
+        cross = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale)
+        square = (cross * b).sum(1).add_(base)  # in place the product would take twice as long: the rows are strided
+        if torch.equal(torch.maximum(square, floor), square):
+            return square.sqrt_()
+        few = (square < floor).nonzero().squeeze(1)  # a square below 0 is among them
         norm = square.sqrt_()
-        if cancelled.any():
-            few = cancelled.nonzero().squeeze(1)
-            norm[few] = _direct(weight[few].to(acc), a, b[few], scale)
+        norm[few] = _direct(weight[few].to(acc), a, b[few], scale)
         return norm
 
 
