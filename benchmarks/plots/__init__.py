@@ -1,0 +1,1 @@
+"""The figures of the report, each a function of the cells of a result file."""
