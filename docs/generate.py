@@ -105,7 +105,7 @@ def step_results() -> dict[str, Any]:
     return {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in paths.items() if path.is_file()}
 
 
-def minbert(found: Mapping[str, Any]) -> str:
+def minbert(found: Mapping[str, Any], table: Callable[[Cells, Sequence[Cells]], str] = markdown_table) -> str:
     """A table of the runs of the example, best overall score first."""
     scores = ("sst", "quora", "sts", "overall")
     rows = []
@@ -119,7 +119,7 @@ def minbert(found: Mapping[str, Any]) -> str:
         f"{'; '.join(sorted(places))}. Overall is (SST + Quora + (r + 1) / 2) / 3; minutes are of training alone. Quora is "
         "trained on a 16 % subset, and the weights had Quora questions in their own training."
     )
-    return f"{' '.join(filter(None, [note, found['note']]))}\n\n{markdown_table(header, rows)}"
+    return f"{' '.join(filter(None, [note, found['note']]))}\n\n{table(header, rows)}"
 
 
 def _place(run: Mapping[str, Any]) -> str:

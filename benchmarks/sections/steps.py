@@ -1,0 +1,193 @@
+"""Training steps: beside the peers, against full fine-tuning, over size, and one large layer."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.claims import BASE, CLAIMS, judge
+from benchmarks.contests import verdict
+from benchmarks.page import Section, blocks, folded, picture, table
+from benchmarks.plots import steps as plots
+from benchmarks.sections.results import Results, cells, counted, where
+from docs import step_tables
+
+PRECISIONS = {"off": "fp32", "bf16": "bf16 autocast"}
+AS_MUCH = 0.005  # counted bytes that differ by less are called as many
+
+
+def standing(row: Mapping[str, Any], measure: str) -> str:
+    """Whose is less, surely: by the quantiles where it is a time, by the count where it is bytes."""
+    if isinstance(row[measure], list):
+        _, low, high = row[measure]
+    else:
+        low = high = row[measure]
+        if abs(low - 1) < AS_MUCH:
+            return "equal"
+    return "ours" if low > 1 else "theirs" if high < 1 else "equal"
+
+
+def _spread(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:.2f} ({value[1]:.2f}..{value[2]:.2f})"
+    return f"{value:.2f}"
+
+
+def peer_rows(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Every contest with a peer: its cell in words, its title, its ratios."""
+    return [
+        (plots.cell_label(cell["settings"]), title, row)
+        for cell in found.values()
+        for title, row in cell["figures"]["ratios"].items()
+        if row["peer"]
+    ]
+
+
+def closing_note(rows: list[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """Where a peer is ahead in time, and what the counted figures of that row say about why."""
+    lines = []
+    for where_, title, row in rows:
+        if mark := verdict(row, "step"):
+            why = (
+                "both compute the same products, so that what remains is the overhead of launching them"
+                if abs(row["gflop"] - 1) < 0.02
+                else "it computes less"
+                if row["gflop"] < 1
+                else "though it computes more"
+            )
+            flops, saved = f"{row['gflop']:.2f} of our FLOPs", f"{row['saved_mib']:.2f} of our saved bytes"
+            lines.append(f"{where_}: **{mark}** in time ({title} {_spread(row['step'])}), with {flops} and {saved}: {why}.")
+    if not lines:
+        return "No peer is ahead in time in any cell, by the medians."
+    return "Where a peer is ahead.\n\n" + "\n\n".join(lines)
+
+
+def peers(results: Results) -> Section:
+    """Our layers beside PEFT's and loralib's."""
+    found = cells(results, "steps")
+    claim = (
+        "A training step with our LoRA and DoRA layers takes no longer than with those of Hugging Face PEFT and loralib, and "
+        "keeps no more bytes for the backward pass: same model, same batch, same optimizer, in turns in one process."
+    )
+    command = "python -m benchmarks.steps --preset peers"
+    title = "Training steps beside the peers"
+    rows = peer_rows(found)
+    if not rows:
+        return Section("peers", title, claim, command)
+    time, saved = (Counter(standing(row, measure) for _, _, row in rows) for measure in ("step", "saved_mib"))
+    outcome = (
+        f"{counted(len(rows), 'comparison')}: ours is quicker in {time['ours']}, level within the quantiles in {time['equal']}, "
+        f"slower in {time['theirs']}; it saves fewer bytes in {saved['ours']}, as many in {saved['equal']}, more in "
+        f"{saved['theirs']}."
+    )
+    listed = [
+        [cell, title, _spread(row["step"]), _spread(row["saved_mib"]), _spread(row["gflop"]), " / ".join(row["sides"]["step"]),
+         "; ".join(f"{label}: {mark}" for m, label in (("step", "time"), ("saved_mib", "bytes")) if (mark := verdict(row, m)))]
+        for cell, title, row in rows
+    ]  # fmt: skip
+    header = ["cell", "ratio", "time", "saved bytes", "FLOPs", "candidates by time", "ahead"]
+    judged = [judge(claim_, results) for claim_ in CLAIMS]
+    met = Counter(one.met for one in judged)
+    promised = f"What was promised: {met[True]} met, {met[False]} not met, {met[None]} not measured"
+    caption = (
+        "The peer's figure divided by ours, each side at the best of its precisions. Right of the line the peer costs more. A "
+        "hollow marker: the peer is ahead by the median."
+    )
+    parts = [
+        picture(plots.forest(found, plots.PEERS, ahead=("peer ahead", "ours ahead")), "peers", caption),
+        folded("Every ratio", table(header, listed)),
+        blocks(closing_note(rows)),
+        folded(promised, blocks(step_tables.claims(results, table))),
+        folded("Every candidate of every cell", blocks(step_tables.cells(found, table, "`"))),
+    ]
+    caveat = (
+        "BERT with random weights, four layers unless the row says otherwise, no dropout but the adapters'. Each side puts up "
+        "the best of its candidates, chosen by the same rounds, which flatters the side with more of them, ours, a little. "
+        "torchtune is left out: its layers do not import beside this torch. CPU times say little about a GPU."
+    )
+    return Section("peers", title, claim, command, outcome, parts, caveat, where(found.values()))
+
+
+def full(results: Results) -> Section:
+    """LoRA and DoRA against full fine-tuning, in both precisions, and autocast alone."""
+    found = cells(results, "steps")
+    claim = (
+        "Claim A, efficiency: LoRA and DoRA on all linear layers are each faster per step than full fine-tuning and keep fewer "
+        "bytes for backward, in both precisions. Comparing fp32 full fine-tuning with LoRA under autocast mixes two effects; "
+        "here autocast, LoRA and DoRA stand alone and together."
+    )
+    command, title = "python -m benchmarks.steps --preset peers", "Against full fine-tuning, per step"
+    sentences = []
+    for amp, name in PRECISIONS.items():
+        for cell in found.values():
+            settings = BASE | {"amp": amp, "dropout": 0.0}
+            if {k: v for k, v in settings.items() if cell["settings"].get(k) != v}:
+                continue
+            for method in ("LoRA", "DoRA"):
+                row = cell["figures"]["ratios"].get(f"ours {method} / full")
+                if row:
+                    words = {"ours": "slower", "theirs": "faster", "equal": "undecided"}[standing(row, "step")]
+                    fewer = {"ours": "more bytes", "theirs": "fewer bytes", "equal": "as many bytes"}[standing(row, "saved_mib")]
+                    sentences.append(
+                        f"{method} in {name}: {_spread(row['step'])} of full's time ({words}), {_spread(row['saved_mib'])} of its "
+                        f"saved bytes ({fewer})"
+                    )
+    shown = {key: cell for key, cell in found.items() if plots.FULL.keys() & cell["figures"]["ratios"].keys()}
+    if not shown:
+        return Section("full", title, claim, command)
+    outcome = "; ".join(sentences) + "." if sentences else f"{counted(len(shown), 'cell')} of other sizes than the claim's."
+    caption = (
+        "Ours divided by full fine-tuning with frozen embeddings, which is what adapters compete with: with the embeddings "
+        "trained too, full fine-tuning is dearer. The last three compare with fp32."
+    )
+    parts = [picture(plots.forest(shown, plots.FULL, ahead=("ours cheaper", "ours dearer")), "full", caption)]
+    caveat = (
+        "Saved bytes are those of activations; gradients and optimizer state, which adapters spare as well, come on top. In fp32 "
+        "LoRA keeps for backward what full fine-tuning keeps, as every layer's input is needed for the gradient of A: its gain in "
+        "memory there is in gradients and optimizer state."
+    )
+    return Section("full", title, claim, command, outcome, parts, caveat, where(shown.values()))
+
+
+def scaling(results: Results) -> Section:
+    """How cost grows with batch, sequence, width and rank."""
+    found = cells(results, "steps")
+    claim = "How time and memory of a step grow with batch, sequence, width and rank, one of them at a time."
+    command, title = "python -m benchmarks.steps --preset scaling", "Cost against size"
+    parts, varied, used = [], [], []
+    for amp, name in PRECISIONS.items():
+        drawn = plots.scaling(found, amp)
+        if drawn is not None:
+            caption = f"{name}: medians, shaded from the 20 to the 80 % quantile; everything else as in the claim's cell."
+            parts.append(picture(drawn, f"scaling-{amp}", caption))
+            for axis in plots.AXES:
+                along = plots.along(found, axis, amp)
+                if len(along) > 1:
+                    used += along
+                    values = ", ".join(str(cell["settings"][axis]) for cell in along)
+                    varied.append(f"{axis} {values} ({name})")
+    if not parts:
+        return Section("scaling", title, claim, command)
+    caveat = "Both axes are logarithmic: a slope of one means that cost grows in proportion."
+    return Section("scaling", title, claim, command, f"Measured: {'; '.join(varied)}.", parts, caveat, where(used))
+
+
+def layer(results: Results) -> Section:
+    """One large layer."""
+    found = cells(results, "layer")
+    claim = "One large layer: DoRA's forward holds little more at once than LoRA's, where PEFT's materialises matrices of W's size."
+    command, title = "python -m benchmarks.layer", "One large layer"
+    if not found:
+        return Section("layer", title, claim, command)
+    sentences = []
+    for key, cell in found.items():
+        rows = cell["figures"]["ratios"]
+        for contest in ("ours DoRA / ours LoRA", "peft DoRA / ours"):
+            if contest in rows:
+                sentences.append(f"{contest} {rows[contest]['forward_peak_mib']:.2f}× the peak of the forward")
+        sentences[-1] += f" ({key})"
+    parts = [
+        picture(plots.layer(found), "layer", "Bytes alive at once in the forward beyond input and weights; exact on any machine."),
+        folded("All figures", blocks(step_tables.layers(found, table, "`"))),
+    ]
+    caveat = "Everything is bf16 but the adapters, which are fp32. No clock enters."
+    return Section("layer", title, claim, command, "; ".join(sentences) + ".", parts, caveat, where(found.values()))
