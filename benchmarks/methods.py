@@ -4,6 +4,7 @@
     python -m benchmarks.methods --suite accuracy --data DIR --output DIR     # hours; the same command goes on
     python -m benchmarks.methods --suite intruders --output DIR               # of what the accuracy suite trained
     python -m benchmarks.methods --suite qlora --data DIR --output DIR        # minutes
+    python -m benchmarks.methods --suite accuracy --small                     # some recipes on the embedded sample; a minute
 
 Start the accuracy suite as often as there are cores, with the same --output: the processes share the recipes out among
 themselves. Each finished recipe is in a file of its own at once, and all of them in the result file.
@@ -33,6 +34,16 @@ RESULTS = {
     "intruders": intruders.RESULT,
     "qlora": qlora.RESULT,
 }
+OUTPUT, SMALL_OUTPUT = Path("runs/methods"), Path("runs/bench/methods")
+_FEW = {"epochs": 1, "batch_size": 16, "search_examples": 64, "held_examples": 32, "grid": 1, "grow": 0}
+SMALL: dict[str, dict[str, int]] = {  # what --small sets, where the command line does not
+    "cost": {"rounds": 3, "warmup": 1},
+    "accuracy": _FEW,
+    "intruders": _FEW,
+    "qlora": {"examples": 64, "batch_size": 16},
+}
+# Every kind of recipe: without adapters, with a controller, with shared tensors, on a quantised base, at other ranks.
+SMALL_NAMES = ["full", "linear-probe", "bitfit", "lora", "dora", "vera", "dylora", "lora-fp32", "qlora", "lora-r1", "lora-r64"]
 
 
 def _names(text: str) -> list[str]:
@@ -49,8 +60,9 @@ def parser() -> argparse.ArgumentParser:
     add("--suite", choices=SETTINGS, default="cost", help="what to measure (default: cost)")
     add("--methods", type=_names, metavar="NAME,...", help="recipes (default: all; for intruders full and LoRA at three ranks)")
     add("--data", default="sample", help="folder with the SST files, or the example's 'sample' (default)")
-    add("--output", type=Path, default=Path("runs/methods"), help="folder for cells, trained tensors and token cache")
-    add("--result", type=Path, help="result file (default: that of the suite in benchmarks/results)")
+    add("--output", type=Path, help=f"folder for cells, trained tensors, token cache (default: {OUTPUT}, small {SMALL_OUTPUT})")
+    add("--result", type=Path, help="result file (default: that of the suite in benchmarks/results; with --small in --output)")
+    add("--small", action="store_true", help="few recipes, examples and rounds: whether everything runs")
     add("--fresh", action="store_true", help="measure again what is finished")
     owners: dict[str, list[str]] = {}
     specs = {}
@@ -68,13 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a suite; the exit status."""
     options = parser()
     given = vars(options.parse_args(arguments))
-    suite, names, data, output, result, fresh = (
-        given.pop(name) for name in ("suite", "methods", "data", "output", "result", "fresh")
+    suite, names, data, output, result, small, fresh = (
+        given.pop(name) for name in ("suite", "methods", "data", "output", "result", "small", "fresh")
     )
     known = {spec.name for spec in fields(SETTINGS[suite])}
     if foreign := sorted(set(given) - known):
         options.error(f"suite {suite} has no option --{foreign[0].replace('_', '-')}; its own are {', '.join(sorted(known))}")
-    settings, result = SETTINGS[suite](**given), result or RESULTS[suite]
+    output = output or (SMALL_OUTPUT if small else OUTPUT)
+    result = result or (output / RESULTS[suite].name if small else RESULTS[suite])  # never over the committed one
+    settings = SETTINGS[suite](**({**SMALL[suite], **given} if small else given))
+    names = names or (SMALL_NAMES if small and suite != "intruders" else None)
     try:
         if suite == "cost":
             method_cost.run(names or list(RECIPES), settings, result, fresh=fresh)

@@ -20,14 +20,15 @@ STYLE = f"""
 :root {{ color-scheme: light dark; {_variables(False)} --back: #f3f4f6; --mark: #fdf0e6; }}
 @media (prefers-color-scheme: dark) {{ :root {{ {_variables(True)} --back: #121519; --mark: #3a2a1d; }} }}
 * {{ box-sizing: border-box; }}
-body {{ font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--ink); background: var(--back);
-  margin: 0; }}
+body {{ font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--ink); margin: 0;
+  background: var(--back); }}
 main {{ max-width: 1060px; margin: 0 auto; padding: 36px 20px 64px; }}
 h1 {{ font-size: 30px; line-height: 1.2; margin: 0 0 8px; }}
 h2 {{ font-size: 22px; margin: 0 0 6px; line-height: 1.3; }}
 .lead, .place, figcaption, .caveat, .note {{ color: var(--muted); }}
 .lead {{ font-size: 17px; margin: 0 0 22px; max-width: 76ch; }}
-section, nav {{ background: var(--page); border: 1px solid var(--grid); border-radius: 10px; padding: 22px 26px; margin: 18px 0; }}
+section, nav {{ background: var(--page); border: 1px solid var(--grid); border-radius: 10px; padding: 22px 26px;
+  margin: 18px 0; }}
 .claim {{ max-width: 80ch; margin: 4px 0 12px; }}
 .found {{ font-size: 18px; font-weight: 600; margin: 0 0 14px; max-width: 76ch; }}
 .missing {{ border-left: 4px solid var(--faint); padding: 2px 0 2px 14px; color: var(--muted); }}
@@ -40,7 +41,8 @@ th {{ text-align: left; font-weight: 600; color: var(--muted); vertical-align: b
 th, td {{ padding: 5px 14px 5px 0; border-bottom: 1px solid var(--grid); }}
 td {{ vertical-align: top; font-variant-numeric: tabular-nums; }}
 td.number {{ white-space: nowrap; }}
-tr.marked td {{ background: var(--mark); }} tr.marked td:first-child {{ box-shadow: inset 3px 0 var(--orange); padding-left: 9px; }}
+tr.marked td {{ background: var(--mark); }}
+tr.marked td:first-child {{ box-shadow: inset 3px 0 var(--orange); padding-left: 9px; }}
 code {{ font: 0.88em/1.4 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; background: var(--back); padding: 1px 5px;
   border-radius: 4px; overflow-wrap: anywhere; }}
 details {{ margin: 12px 0; }} summary {{ cursor: pointer; color: var(--blue); }}
@@ -65,8 +67,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for row in rows:
         marked = any(cell == "**no**" or "is ahead" in cell for cell in row)
-        cells = (f'<td{" class=" + chr(34) + "number" + chr(34) if NUMBER.fullmatch(cell) else ""}>{inline(cell)}</td>' for cell in row)
-        lines.append(f"<tr{' class=' + chr(34) + 'marked' + chr(34) if marked else ''}>{''.join(cells)}</tr>")
+        cells = (f"<td{' class=number' if NUMBER.fullmatch(cell) else ''}>{inline(cell)}</td>" for cell in row)
+        lines.append(f"<tr{' class=marked' if marked else ''}>{''.join(cells)}</tr>")
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 

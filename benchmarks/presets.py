@@ -23,10 +23,10 @@ PRESETS: dict[str, tuple[Cell, ...]] = {
         *_crossed(**_sizes(width=384)),
         *_crossed(**_sizes(targets="qv")),
     ),
-    # How cost grows with rank and batch, and the corners between the changes above.
+    # How cost grows with rank, batch and sequence, and the corners between the changes above.
     "scaling": (
         *({"amp": amp, "dropout": 0.0, **_sizes(rank=rank)} for rank in (1, 64, 384) for amp in PRECISIONS),
-        *({"amp": amp, "dropout": 0.0, **_sizes(batch=[(64, 64)])} for amp in PRECISIONS),
+        *({"amp": amp, "dropout": 0.0, **_sizes(batch=[(64, 64), (8, 256)])} for amp in PRECISIONS),
         *_crossed(**_sizes(width=384, batch=[(16, 128)])),
         *_crossed(**_sizes(width=384, targets="qv")),
     ),

@@ -122,18 +122,17 @@ def intruders(cells: Cells) -> Figure:
     """Share of the leading singular directions that resemble none of the base's, at each threshold of the cosine."""
     figure, (ax,) = panels(8, 1.4 + 0.55 * len(cells))
     thresholds = list(next(iter(cells.values()))["figures"]["intruders"])
-    styles = [(GREEN, 1.0), (BLUE, 1.0), (PURPLE, 1.0), (AMBER, 1.0)]
+    colours = (GREEN, BLUE, PURPLE, AMBER)
     for row, cell in enumerate(cells.values()):
         figures = cell["figures"]
         directions = figures["top"] * (figures["matrices"] + figures["unchanged"])
         for index, threshold in enumerate(thresholds):
-            colour, alpha = styles[index % len(styles)]
             share = 100 * figures["intruders"][threshold] / directions
             place = row + (index - (len(thresholds) - 1) / 2) * 0.8 / len(thresholds)
-            ax.barh(place, share, height=0.72 / len(thresholds), color=colour, alpha=alpha,
+            ax.barh(place, share, height=0.72 / len(thresholds), color=colours[index % len(colours)],
                     label=f"cosine < {threshold}" if not row else None)  # fmt: skip
-            ax.annotate(f"{figures['intruders'][threshold]} of {directions}", (share, place), xytext=(4, 0), fontsize=SIZE - 1.5,
-                        textcoords="offset points", va="center", color=MUTED)  # fmt: skip
+            ax.annotate(f"{figures['intruders'][threshold]} of {directions}", (share, place), xytext=(4, 0), va="center",
+                        textcoords="offset points", fontsize=SIZE - 1.5, color=MUTED)  # fmt: skip
     _rows(ax, list(cells))
     ax.set_xlim(0, max(5.0, 1.2 * ax.get_xlim()[1]))
     titles(ax, "Intruder dimensions", "share of the leading directions, %")

@@ -22,7 +22,6 @@ from benchmarks.plots.style import (
     at_values,
     legend,
     logarithmic,
-    number,
     panels,
     titles,
 )
@@ -150,7 +149,7 @@ def scaling(cells: Cells, amp: str) -> Figure | None:
                         points.append((cell["settings"][axis], *value))
                 if points:
                     x, middle, low, high = zip(*points, strict=True)
-                    ax.plot(x, middle, marker=drawn.marker, color=drawn.colour, markersize=4.5, linewidth=1.5, label=drawn.label)
+                    ax.plot(x, middle, f"{drawn.marker}-", color=drawn.colour, markersize=4.5, linewidth=1.5, label=drawn.label)
                     ax.fill_between(x, low, high, color=drawn.colour, alpha=0.15, linewidth=0)
             logarithmic(ax.xaxis)
             at_values(ax.xaxis, [cell["settings"][axis] for cell in found])
@@ -197,6 +196,6 @@ def curves(runs: Sequence[Mapping[str, Any]]) -> Figure:
         ax.plot(steps, scores, marker=marker, color=colour, markersize=5, linewidth=1.6, label=run["name"],
                 linestyle="-" if index < len(styles) else "--")  # fmt: skip
     titles(ax, "minBERT on three tasks", "optimizer steps", "overall dev score, 0 to 1")
-    ax.xaxis.set_major_formatter(lambda value, _: number(value) if value < 1e4 else f"{value:,.0f}")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     legend(ax, loc="lower right")
     return figure

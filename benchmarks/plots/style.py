@@ -147,5 +147,6 @@ def svg(figure: Figure, name: str) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     for variable, (light, _) in COLOURS.items():
         text = text.replace(light, f"var(--{variable})")
-    text = re.sub(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>', r'<svg viewBox="0 0 \1 \2" style="width:\1pt">', text, count=1)
+    size = r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>'
+    text = re.sub(size, r'<svg viewBox="0 0 \1 \2" style="width:\1pt">', text, count=1)
     return re.sub(r"\n\s*", "\n", text).strip()

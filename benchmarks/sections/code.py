@@ -10,7 +10,9 @@ from docs.method_tables import place
 
 def machine_code(results: Results) -> Section:
     """What the gate of compiled kernels found."""
-    claim = "Every Triton kernel compiles for each architecture without spills, within its limits, with tensor cores and wide loads."
+    claim = (
+        "Every Triton kernel compiles for each architecture: no spills, within its limits, with tensor cores and wide loads."
+    )
     command, title = "python -m benchmarks.aot", "Machine code of the kernels"
     entries = list(results.get("aot", {}).get("variants", {}).values())
     if not entries:
@@ -21,17 +23,18 @@ def machine_code(results: Results) -> Section:
     rows = []
     for architecture, found in sorted(groups.items()):
         compiled = [entry for entry in found if "error" not in entry]
-        most = {name: max((entry[name] for entry in compiled), default=0) for name in ("registers", "shared", "spills", "stack")}
+        measures = ("registers", "shared", "spills", "stack")
+        most = {name: max((entry[name] for entry in compiled), default=0) for name in measures}
         cores = sum(bool(entry["hmma"] + entry["hgmma"] + entry["tcgen05"]) for entry in compiled)
         rows.append(
             [architecture, str(len({entry["kernel"] for entry in found})), str(len(found)), str(len(found) - len(compiled)),
              str(most["registers"]), f"{most['shared'] / 1024:.0f} KiB", str(most["spills"]), f"{most['stack']} B", str(cores)]
         )  # fmt: skip
-    header = ["architecture", "kernels", "variants", "do not compile", "most registers", "most shared memory", "spills", "stack",
-              "with tensor cores"]  # fmt: skip
-    spilling = sum(entry.get("spills", 0) > 0 for entry in entries)
+    header = ["architecture", "kernels", "variants", "do not compile", "most registers", "most shared memory", "spills",
+              "stack", "with tensor cores"]  # fmt: skip
+    spilling = [entry["architecture"] for entry in entries if entry.get("spills", 0)]
     broken = sum("error" in entry for entry in entries)
-    spills = f"{spilling} of them with spills" if spilling else "none of them with spills"
+    spills = f"{len(spilling)} with spills ({', '.join(sorted(set(spilling)))})" if spilling else "none with spills"
     failed = f"; {broken} do not compile" if broken else ""
     outcome = f"{counted(len(entries), 'variant')} compiled for {counted(len(groups), 'architecture')}, {spills}{failed}."
     caveat = "Compiled and judged, not run: no time of a GPU follows from it. gfx942 is for information."

@@ -8,7 +8,7 @@ from docs import generate, method_tables
 
 COMMAND = "python -m benchmarks.methods --suite {} --data DIR --output DIR"
 ONE_SEED = (
-    "One seed each: another seed moves a score by about as much as the bars show. The learning rate was searched for every method "
+    "One seed each, and what another seed would move comes on top of the bars. The learning rate was searched for every method "
     "with the same budget. The encoder is MiniLM, tuned on sentences before."
 )
 
@@ -16,7 +16,7 @@ ONE_SEED = (
 def accuracy(results: Results) -> Section:
     """Every recipe on SST, against what it trains and what it leaves to be kept."""
     found = cells(results, "methods_accuracy")
-    claim = "What accuracy each method reaches under one protocol, against the parameters that it trains and the file it leaves."
+    claim = "What accuracy each method reaches under one protocol, against the parameters it trains and the file it leaves."
     command, title = COMMAND.format("accuracy"), "Accuracy of every method"
     if not found:
         return Section("accuracy", title, claim, command)
@@ -61,8 +61,8 @@ def intruders(results: Results) -> Section:
     """New singular directions in the tuned weights."""
     found = cells(results, "methods_intruders")
     claim = (
-        "Shuttleworth et al. 2024 (arXiv:2410.21228): weights tuned by LoRA hold leading singular directions that resemble none of "
-        "the base's, fewer at higher rank and hardly any after full fine-tuning."
+        "Shuttleworth et al. 2024 (arXiv:2410.21228): weights tuned by LoRA hold leading singular directions that are like "
+        "none of the base's, fewer at higher rank and hardly any after full fine-tuning."
     )
     command, title = "python -m benchmarks.methods --suite intruders --output DIR", "Intruder dimensions"
     if not found:
@@ -70,10 +70,10 @@ def intruders(results: Results) -> Section:
     threshold = list(next(iter(found.values()))["figures"]["intruders"])[-1]
     counts = ", ".join(f"{name} {cell['figures']['intruders'][threshold]}" for name, cell in found.items())
     parts = [
-        picture(plots.intruders(found), "intruders", "Fewer are nearer to the base. The number of directions stands at each bar."),
+        picture(plots.intruders(found), "intruders", "Fewer are nearer to the base. The numbers stand at the bars."),
         folded("All figures", blocks(method_tables.intruders(results["methods_intruders"], table))),
     ]
-    caveat = "A rotation within the base's neighbouring directions counts as an intruder by this measure; the table tells them apart."
+    caveat = "A rotation within the base's neighbouring directions counts as an intruder here; the table tells them apart."
     outcome = f"Directions with a cosine below {threshold}: {counts}."
     return Section("intruders", title, claim, command, outcome, parts, caveat, where(found.values()))
 
@@ -102,9 +102,10 @@ def minbert(results: Results) -> Section:
     if not runs:
         return Section("minbert", title, claim, command)
     best = max(runs, key=lambda run: run["dev"]["overall"])
-    outcome = f"Best overall dev score: {best['dev']['overall']:.3f} by {best['name']}, which trains {best['share']:.2%} of the backbone."
+    score = f"Best overall dev score: {best['dev']['overall']:.3f} by {best['name']}"
+    outcome = f"{score}, which trains {best['share']:.2%} of the backbone."
     parts = [
-        picture(step_plots.curves(runs), "curves", "Evaluated on part of the dev set while training; the table is of all of it."),
+        picture(step_plots.curves(runs), "curves", "On a part of the dev set while training; the table is of all of it."),
         blocks(generate.minbert(results["minbert"], table)),
     ]
     facts = sorted({f"{run['environment']['cpu']}, commit {(run['environment']['commit'] or 'none')[:10]}" for run in runs})
