@@ -153,8 +153,8 @@ def full(results: Results) -> Section:
     parts += [table(header, rows)] if rows else []
     caveat = (
         "Saved bytes are those of activations; gradients and optimizer state, which adapters spare as well, come on top. A "
-        "layer with an adapter keeps its input for the gradient of A as full fine-tuning keeps it for that of W: in fp32 what LoRA "
-        "spares is gradients and optimizer state."
+        "layer with an adapter keeps its input for the gradient of A as full fine-tuning keeps it for that of W: what LoRA "
+        "spares in fp32 is gradients and optimizer state."
     )
     return Section("full", title, claim, command, outcome, parts, caveat, where(shown.values()))
 
