@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 from benchmarks.page import render
-from benchmarks.sections import code, methods, steps
+from benchmarks.sections import code, methods, quality, steps
 from benchmarks.sections.results import Results, digests, read
 from docs import generate
 
@@ -23,6 +23,9 @@ SECTIONS = (
     steps.full,
     steps.scaling,
     steps.layer,
+    quality.efficiency,
+    quality.ranks,
+    quality.ensembles,
     methods.accuracy,
     methods.cost,
     methods.intruders,

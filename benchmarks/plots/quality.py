@@ -1,15 +1,31 @@
 """Figures of the quality suite: rank against score, single models and their ensemble, time and memory of each effect."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from benchmarks.plots.style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SIZE, at_values, legend, logarithmic, panels, titles
+from benchmarks.plots.style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SIZE,
+    at_values,
+    below,
+    legend,
+    logarithmic,
+    panels,
+    titles,
+)
 
 
 class Interval(NamedTuple):
-    """A figure with its interval."""
+    """A figure with its interval, whose bounds are infinite where one value leaves it unknown."""
 
     middle: float
     low: float
@@ -40,25 +56,29 @@ def rank_scores(tasks: Mapping[str, RankCurve], units: Mapping[str, str]) -> Fig
     figure, axes = panels(max(4.4, 3.5 * len(tasks)), 3.7, len(tasks))
     for ax, (title, curve) in zip(axes, tasks.items(), strict=True):
         if curve.full is not None:
-            ax.axhspan(curve.full.low, curve.full.high, color=INK, alpha=0.1, linewidth=0)
+            if math.isfinite(curve.full.low):
+                ax.axhspan(curve.full.low, curve.full.high, color=INK, alpha=0.1, linewidth=0)
             ax.axhline(curve.full.middle, color=INK, linewidth=1.2, linestyle="--", label="full fine-tuning")
         ranks = sorted(curve.ranks)
         if ranks:
             found = [curve.ranks[rank] for rank in ranks]
             ax.plot(ranks, [f.middle for f in found], "o-", color=BLUE, markersize=5.5, linewidth=1.4, label="LoRA")
             for rank, one in zip(ranks, found, strict=True):
-                ax.plot([rank, rank], [one.low, one.high], color=BLUE, linewidth=1.6)
+                if math.isfinite(one.low):
+                    ax.plot([rank, rank], [one.low, one.high], color=BLUE, linewidth=1.6)
             ax.set_xlim(min(ranks) / 1.3, max(ranks) * 1.3)
             logarithmic(ax.xaxis, 2)
             at_values(ax.xaxis, ranks)
         titles(ax, title, "rank (logarithmic)", units[title])
-    legend(axes[-1], loc="lower right")
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, 0), min(high, 100))  # an interval of few seeds may leave what a score can be
+    below(figure, axes[0])
     return figure
 
 
 def ensembles(tasks: Mapping[str, Ensemble], units: Mapping[str, str]) -> Figure:
     """The members' scores, their mean, and the ensemble's with its interval, a panel for each task."""
-    figure, axes = panels(max(4.4, 3.5 * len(tasks)), 2.6, len(tasks))
+    figure, axes = panels(max(4.4, 2.6 * len(tasks)), 2.3, len(tasks))
     for ax, (title, found) in zip(axes, tasks.items(), strict=True):
         mean = sum(found.members) / len(found.members)
         ax.plot(found.members, [1] * len(found.members), "o", color=BLUE, alpha=0.6, markersize=6)
@@ -68,9 +88,11 @@ def ensembles(tasks: Mapping[str, Ensemble], units: Mapping[str, str]) -> Figure
         ax.set_yticks([0, 1], ["ensemble", "single models"])
         ax.set_ylim(-0.6, 1.6)
         ax.grid(axis="y", visible=False)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         titles(ax, title, units[title])
     for ax in axes[1:]:
         ax.set_yticklabels([])
+        ax.tick_params(axis="y", length=0)
     return figure
 
 
@@ -104,7 +126,7 @@ def effects(rows: Mapping[str, Mapping[str, Interval]], unit: str, title: str) -
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     titles(ax, title, unit)
-    legend(ax, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    below(figure, ax)
     return figure
 
 

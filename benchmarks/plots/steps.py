@@ -11,6 +11,7 @@ from benchmarks.contests import best
 from benchmarks.plots.style import (
     AMBER,
     BLUE,
+    FAINT,
     GREEN,
     GRID,
     INK,
@@ -20,6 +21,7 @@ from benchmarks.plots.style import (
     PURPLE,
     SIZE,
     at_values,
+    below,
     legend,
     logarithmic,
     panels,
@@ -56,6 +58,7 @@ KINDS = {  # library and method of what is drawn over size
     ("peft", "lora"): Series("peft LoRA", ORANGE, "o"),
     ("peft", "dora"): Series("peft DoRA", AMBER, "D"),
 }
+MARKS = {"peft": (ORANGE, "D"), "loralib": (PURPLE, "s"), "": (BLUE, "o")}  # by the library that a candidate is named after
 AXES = {"rows": "batch, sequences", "length": "sequence length, tokens", "width": "width, features", "rank": "rank"}
 
 
@@ -86,7 +89,7 @@ def forest(cells: Cells, series: Mapping[str, Series], *, ahead: tuple[str, str]
     values: list[float] = [1.0]
     for ax, measure in zip(axes, ("step", "saved_mib"), strict=True):
         ax.axvline(1, color=INK, linewidth=1.2, zorder=1)
-        named: set[str] = set()
+        named: dict[str, Series] = {}
         for row, cell in enumerate(shown.values()):
             if row % 2:
                 ax.axhspan(row - 0.5, row + 0.5, color=GRID, alpha=0.45, linewidth=0, zorder=0)
@@ -99,10 +102,11 @@ def forest(cells: Cells, series: Mapping[str, Series], *, ahead: tuple[str, str]
                 place = row + (index - (len(series) - 1) / 2) * 0.72 / len(series)
                 ax.plot([low, high], [place, place], color=drawn.colour, linewidth=1.6, zorder=2)
                 full = not title.endswith("/ ours") or middle >= 1
-                ax.plot(middle, place, drawn.marker, color=drawn.colour, markersize=6, zorder=3, linestyle="none",
-                        markerfacecolor=drawn.colour if full else PAGE,
-                        label=None if drawn.label in named else drawn.label)  # fmt: skip
-                named.add(drawn.label)
+                ax.plot(middle, place, drawn.marker, color=drawn.colour, markersize=6, zorder=3,
+                        markerfacecolor=drawn.colour if full else PAGE)  # fmt: skip
+                named[title] = drawn
+        for drawn in named.values():
+            ax.plot([], [], drawn.marker, color=drawn.colour, markersize=6, label=drawn.label)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(shown)), [cell_label(cell["settings"]) for cell in shown.values()])
@@ -115,11 +119,7 @@ def forest(cells: Cells, series: Mapping[str, Series], *, ahead: tuple[str, str]
                         fontsize=SIZE - 1.5, color=MUTED, va="bottom")  # fmt: skip
     titles(axes[0], "Step time\n", "ratio of step times (no unit); bar: 20 to 80 % of the rounds")
     titles(axes[1], "Saved for backward\n", "ratio of bytes (no unit); exact")
-    handles, labels = axes[0].get_legend_handles_labels()
-    for handle in handles:
-        handle.set_markerfacecolor(handle.get_color())
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=SIZE,
-                  labelcolor=INK)  # fmt: skip
+    below(figure, axes[0], 3)
     return figure
 
 
@@ -157,30 +157,31 @@ def scaling(cells: Cells, amp: str) -> Figure | None:
             titles(ax, "", AXES[axis] if measure == "saved_mib" else "")
     axes[0].set_ylabel("step, ms", fontsize=SIZE, color=INK)
     axes[len(varied)].set_ylabel("saved for backward, MiB", fontsize=SIZE, color=INK)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=SIZE, labelcolor=INK)
+    below(figure, axes[0])
     return figure
 
 
 def layer(cells: Cells) -> Figure:
-    """Peak bytes of the forward of one large layer, a bar for each candidate of each cell."""
-    bars = [
+    """Peak bytes of the forward of one large layer, a row for each candidate of each cell."""
+    rows = [
         (f"{name}, {'autocast' if cell['settings']['amp'] else 'no autocast'}"
          + (f", dropout {cell['settings']['dropout']:g}" if cell["settings"]["dropout"] else ""),
          row["forward_peak_mib"], name)
         for cell in cells.values()
         for name, row in cell["figures"]["candidates"].items()
     ]  # fmt: skip
-    figure, (ax,) = panels(9, 1.1 + 0.26 * len(bars))
-    colours = [ORANGE if name.startswith("peft") else PURPLE if name.startswith("loralib") else BLUE for _, _, name in bars]
-    ax.barh(range(len(bars)), [value for _, value, _ in bars], color=colours, height=0.62)
-    ax.set_xlim(min(value for _, value, _ in bars) / 2, max(value for _, value, _ in bars) * 2)
+    figure, (ax,) = panels(9, 1.1 + 0.26 * len(rows))
+    ax.set_xlim(min(value for _, value, _ in rows) / 1.6, max(value for _, value, _ in rows) * 2)
     logarithmic(ax.xaxis)
-    for place, (_, value, _) in enumerate(bars):
-        ax.annotate(f"{value:,.1f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=SIZE - 1,
+    for place, (_, value, name) in enumerate(rows):
+        library = next((library for library in MARKS if library and name.startswith(library)), "")
+        colour, marker = MARKS[library]
+        ax.plot([ax.get_xlim()[0], value], [place, place], color=FAINT, linewidth=0.8, linestyle=":")
+        ax.plot(value, place, marker, color=colour, markersize=7)
+        ax.annotate(f"{value:,.1f}", (value, place), xytext=(8, 0), textcoords="offset points", va="center", fontsize=SIZE - 1,
                     color=INK)  # fmt: skip
-    ax.set_yticks(range(len(bars)), [label for label, _, _ in bars])
-    ax.set_ylim(len(bars) - 0.4, -0.6)
+    ax.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     titles(ax, "One large layer: what its forward holds at once", "peak, MiB (logarithmic)")
     return figure

@@ -60,6 +60,13 @@ def legend(ax: Axes, **options: Any) -> None:
         ax.legend(**{"frameon": False, "fontsize": SIZE, "labelcolor": INK, **options})
 
 
+def below(figure: Figure, ax: Axes, columns: int = 5) -> None:
+    """One legend below all panels, of what `ax` shows."""
+    handles, labels = ax.get_legend_handles_labels()
+    columns = min(columns, len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=SIZE, labelcolor=INK)
+
+
 def number(value: float) -> str:
     """`value` as an axis shows it: 0.5, 16, 8k, 2M."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -185,17 +185,18 @@ def scaling(results: Results) -> Section:
 def layer(results: Results) -> Section:
     """One large layer."""
     found = cells(results, "layer")
-    claim = "One large layer: DoRA's forward holds little more at once than LoRA's; PEFT's makes matrices of W's size."
+    claim = "DoRA's forward holds little more at once than LoRA's; PEFT's makes matrices of W's size."
     command, title = "python -m benchmarks.layer", "One large layer"
     if not found:
         return Section("layer", title, claim, command)
     sentences = []
     for key, cell in found.items():
-        rows = cell["figures"]["ratios"]
-        for contest in ("ours DoRA / ours LoRA", "peft DoRA / ours"):
-            if contest in rows:
-                sentences.append(f"{contest} {rows[contest]['forward_peak_mib']:.2f}× the peak of the forward")
-        sentences[-1] += f" ({key})"
+        rows, words = cell["figures"]["ratios"], []
+        if "ours DoRA / ours LoRA" in rows:
+            words.append(f"our DoRA holds {rows['ours DoRA / ours LoRA']['forward_peak_mib']:.2f}× what our LoRA does")
+        if "peft DoRA / ours" in rows:
+            words.append(f"PEFT's DoRA {rows['peft DoRA / ours']['forward_peak_mib']:.1f}× what ours does")
+        sentences.append(f"{key}: {', '.join(words)}")
     parts = [
         picture(plots.layer(found), "layer", "Bytes alive at once in the forward beyond input and weights; exact."),
         folded("All figures", blocks(step_tables.layers(found, table, "`"))),
