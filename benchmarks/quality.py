@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ensemble_claim, rank_claim
-from benchmarks.harness import RESULTS
+from benchmarks import efficiency_claim, ensemble_claim, rank_claim
+from benchmarks.harness import RESULTS, RedGateError
 from benchmarks.jobs import Job, collect, work
 from benchmarks.study import SMALL, SUITE, Options, Study
 
 RESULT = RESULTS / "quality.json"
-CLAIMS = {"B": rank_claim.jobs, "C": ensemble_claim.jobs}
+CLAIMS = {"B": rank_claim.jobs, "C": ensemble_claim.jobs, "A": efficiency_claim.jobs}
 
 
 def _claims(text: str) -> list[str]:
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: what is finished is kept; the same command goes on", file=sys.stderr)
         return 130
-    except (FileNotFoundError, ValueError) as error:
+    except (RedGateError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{found} cells are in {result}")

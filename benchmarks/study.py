@@ -33,11 +33,12 @@ class Options:
     member_steps: int = 300  # of every member of the ensembles of claim C, the tasks in turn
     rounds: int = 5  # of claim A's timing
     pass_batches: int = 4  # batches that stand for an epoch in it
+    memory_batch: int = 64  # of its figures beside the authors' own
 
 
 SMALL = Options(
     batch_size=8, steps=4, search_examples=16, held_examples=16, grid=2, quora_train=64, quora_dev=32, member_steps=6,
-    rounds=2, pass_batches=1,
+    rounds=2, pass_batches=1, memory_batch=16,
 )  # fmt: skip
 
 
