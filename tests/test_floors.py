@@ -33,6 +33,8 @@ BESIDE = {
     ("analysis.intervention", "analysis.intruders"),
     ("analysis.step", "analysis.meters"),
     ("analysis.step", "selection"),
+    ("analysis.memory", "analysis.meters"),
+    ("analysis.memory", "analysis.step"),
 }
 
 

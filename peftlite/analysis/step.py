@@ -137,18 +137,18 @@ def benchmark_step(
     builders = dict(candidates) if isinstance(candidates, Mapping) else {n: _builder(n, targets, rank) for n in candidates}
     if top is not None:
         builders[f"lora, top {top}"] = lambda model: inject_adapters(model, top_layers(model, targets, top), rank)
-    device = _device(model, batch)
+    device = device_of(model, batch)
     costs = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for name, build in builders.items():
             before = _allocated(device)
-            step = _Step(build(copy.deepcopy(model)).train(), batch, loss or _mean_square, optimizer, device)
+            step = Step(build(copy.deepcopy(model)).train(), batch, loss or mean_square, optimizer, device)
             costs.append(step.measure(name, rounds, warmup, before))
             del step
     return StepReport(tuple(costs), str(device))
 
 
-class _Step:
+class Step:
     """One step of one candidate, phase by phase."""
 
     def __init__(
@@ -245,13 +245,13 @@ def _builder(name: str, targets: Targets, rank: int) -> Builder:
     return lambda model: inject_adapters(model, targets, rank, method=name, seed=0)
 
 
-def _mean_square(output: Any) -> Tensor:
+def mean_square(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"the model returns {type(output).__name__}, so give `loss`, a function from that to a scalar.")
     return output.float().square().mean()
 
 
-def _device(model: nn.Module, batch: Batch) -> torch.device:
+def device_of(model: nn.Module, batch: Batch) -> torch.device:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
     for tensor in (*values, *model.parameters()):
         if isinstance(tensor, Tensor):
