@@ -35,6 +35,9 @@ BESIDE = {
     ("analysis.step", "selection"),
     ("analysis.memory", "analysis.meters"),
     ("analysis.memory", "analysis.step"),
+    ("analysis.memory", "analysis.timeline"),
+    ("analysis.timeline", "analysis.meters"),
+    ("analysis.timeline", "analysis.step"),
 }
 
 

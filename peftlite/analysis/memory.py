@@ -1,7 +1,6 @@
 """The memory of a training step before it is taken: the step runs on tensors that have shapes and hold nothing."""
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -19,8 +18,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from peftlite.analysis.meters import LiveStorages, OpenCustomOps, plain_parts
+from peftlite.analysis.meters import OpenCustomOps
 from peftlite.analysis.step import MIB, Batch, Step, device_of, mean_square
+from peftlite.analysis.timeline import PhaseMemory, Timeline
 from peftlite.kernels.dispatch import triton_obstacle
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -32,26 +32,6 @@ _UNANSWERED = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-
-
-@dataclass(frozen=True)
-class PhaseMemory:
-    """Bytes alive at the peak of one phase of a step, beside what is there between two steps.
-
-    Attributes:
-        gradients: of the parameters.
-        saved: what the forward pass keeps for the backward pass.
-        transient: everything else that is alive just then.
-    """
-
-    gradients: int
-    saved: int
-    transient: int
-
-    @property
-    def total(self) -> int:
-        """Their sum."""
-        return self.gradients + self.saved + self.transient
 
 
 @dataclass(frozen=True)
@@ -112,11 +92,11 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Compute the peak of the bytes in use during a training step of `model`, by what they are for, without taking the step.
 
-    Forward, backward and optimizer run twice on fake tensors (`torch._subclasses.fake_tensor`), which have shape, dtype and device and hold no
-    numbers, and every storage is followed from its birth to its end; the second step counts. That takes seconds, no memory and no
-    GPU time, and leaves `model`, its gradients and the random numbers as they are. It is exact as to tensors. Not in it are: what a
-    single operation takes inside itself (the workspaces of cuBLAS and cuDNN), what the allocator holds unused, the interpreter and
-    the CUDA context; with ``torch.compile`` other tensors are kept.
+    Forward, backward and optimizer run twice on fake tensors, which have shape, dtype and device and hold no numbers; every
+    storage is followed from its birth to its end, and the second step counts. That takes seconds and next to no memory, and
+    leaves `model`, its gradients and the random numbers as they are. It is exact as to tensors. Not in it are what a single
+    operation takes inside itself (workspaces of cuBLAS), what the allocator holds unused, the interpreter and the CUDA
+    context. Compiled code keeps other tensors.
 
     Args:
         model: as it is to be trained: adapters in place, ``requires_grad`` set, on its device. A copy in training mode is used.
@@ -148,21 +128,22 @@ def estimate_memory(
     device = device_of(model, batch)
     devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers(), *inputs)}
     if len(devices) > 1:
-        raise ValueError(f"model and batch lie on {', '.join(sorted(devices))}; an estimate is for one device, so move them to one.")
+        listed = ", ".join(sorted(devices))
+        raise ValueError(f"model and batch lie on {listed}, and an estimate is for one device; move them to one.")
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a loss may hold real tensors, such as the labels
     with FakeCopyMode(mode):
         twin = copy.deepcopy(model)
-    log = _Log(CUDA_BLOCK if device.type == "cuda" else 1)
+    log = Timeline(CUDA_BLOCK if device.type == "cuda" else 1)
     with _explained(), mode, _no_launches(device):
         for parameter in twin.parameters():
             parameter.grad = None
         fake = tree_map_only(Tensor, mode.from_tensor, batch)
-        step = Step(twin.train(), fake, loss or mean_square, optimizer, device)
+        step = Step(twin.train(), fake, loss or mean_square, optimizer, device, autocast)
         with log, OpenCustomOps("peftlite"):  # another's may be no torch code, and fail on what holds nothing
-            log.run(step, autocast)
+            log.run(step)
             state = _state(step)
             other = log.beside(state)
-            phases, saved = log.run(step, autocast)
+            phases, saved = log.run(step)
     known: set[int] = set()
     return MemoryEstimate(
         parameters=_bytes(model.parameters(), known, log.block),
@@ -173,98 +154,6 @@ def estimate_memory(
         saved=saved,
         phases=phases,
     )
-
-
-class _Log(LiveStorages):
-    """Notes the size of each storage whenever it changes, by a number that no other storage ever has.
-
-    Args:
-        block: what sizes are rounded up to.
-    """
-
-    def __init__(self, block: int) -> None:
-        super().__init__()
-        self.block = block
-        self._numbers: dict[int, int] = {}  # storage identity -> number; identities return, numbers do not
-        self._counter = itertools.count()
-        self._sizes: dict[int, int] = {}  # of those alive, by number
-        self._events: list[tuple[int, int]] = []  # a number and its new size, 0 at the end of its life
-
-    def _set(self, identity: int, nbytes: int) -> None:
-        super()._set(identity, -(-nbytes // self.block) * self.block)
-        number = self._numbers.setdefault(identity, -1)
-        if number < 0:
-            number = self._numbers[identity] = next(self._counter)
-        self._note(number, self._live[identity])
-
-    def _died(self, identity: int) -> None:
-        super()._died(identity)
-        self._note(self._numbers.pop(identity), 0)
-
-    def _note(self, number: int, size: int) -> None:
-        self._events.append((number, size))
-        if size:
-            self._sizes[number] = size
-        else:
-            self._sizes.pop(number, None)
-
-    def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
-        """Those of the storages of `tensors` that are followed."""
-        identities = (part.untyped_storage()._cdata for tensor in tensors for part in plain_parts(tensor))
-        return {self._numbers[identity] for identity in identities if identity in self._numbers}
-
-    def beside(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes alive in other storages than those of `tensors`."""
-        apart = self.numbers(tensors)
-        return sum(size for number, size in self._sizes.items() if number not in apart)
-
-    def run(self, step: Step, autocast: torch.dtype | None) -> tuple[dict[str, PhaseMemory], int]:
-        """Take the step; the peak of each phase beside what was there before, and all bytes saved for the backward pass."""
-        before = dict(self._sizes)
-        self._events.clear()
-        saved: set[int] = set()
-        gradients: set[int] = set()
-        kept, ends = 0, {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.update(self.numbers([tensor]))
-            return tensor
-
-        for phase, action in step.actions().items():
-            if phase == "forward":
-                with _autocast(step.device, autocast), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    action()
-                kept = sum(self._sizes.get(number, 0) for number in saved - before.keys())
-            else:
-                action()
-            if phase == "backward":
-                gradients = self.numbers(p.grad for p in step.trained if p.grad is not None)
-            ends[phase] = len(self._events)
-        step.value = torch.empty(0)
-        kinds = dict.fromkeys(saved, "saved") | dict.fromkeys(gradients, "gradients") | dict.fromkeys(before, "before")
-        return _peaks(self._events, ends, kinds), kept
-
-
-def _peaks(events: list[tuple[int, int]], ends: dict[str, int], kinds: dict[int, str]) -> dict[str, PhaseMemory]:
-    """The sums by kind at the moment of each phase in which most is alive, out of the sizes noted one after the other.
-
-    Args:
-        events: number of a storage and its new size.
-        ends: how many of them have come by the end of each phase.
-        kinds: by number; a storage without one is transient, and one from before does not count.
-    """
-    sizes: dict[int, int] = {}
-    alive = {"gradients": 0, "saved": 0, "transient": 0, "before": 0}
-    peaks, start = {}, 0
-    for phase, end in ends.items():
-        peak = PhaseMemory(alive["gradients"], alive["saved"], alive["transient"])
-        for number, size in events[start:end]:
-            alive[kinds.get(number, "transient")] += size - sizes.get(number, 0)
-            sizes[number] = size
-            if alive["gradients"] + alive["saved"] + alive["transient"] > peak.total:
-                peak = PhaseMemory(alive["gradients"], alive["saved"], alive["transient"])
-        peaks[phase], start = peak, end
-    return peaks
 
 
 def _state(step: Step) -> list[Tensor]:
@@ -280,10 +169,6 @@ def _bytes(tensors: Iterable[Tensor], known: set[int], block: int) -> int:
             known.add(storage._cdata)
             total += -(-storage.nbytes() // block) * block
     return total
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def _no_launches(device: torch.device) -> AbstractContextManager[object]:
@@ -302,6 +187,6 @@ def _explained() -> Iterator[None]:
         yield
     except _UNANSWERED as error:
         raise ValueError(
-            f"an estimate runs the model on tensors without numbers, and the model asks for some: {error}. Measure such a model "
-            "with benchmark_step, or take the question out of its forward pass."
+            f"an estimate runs the model on tensors without numbers, and the model asks for some ({error}); measure such a "
+            "model with benchmark_step, or take the question out of its forward pass."
         ) from error
