@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test aot bench docs clean
+.PHONY: help demo test aot bench bench-full docs clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -16,12 +16,31 @@ TIMES := $(VENV)/stage-times
 # Without --no-compile pip would compile every module of every package, of which few are ever imported.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 EXAMPLE := examples.minbert_multitask
+# Where `make bench-full` finds the data of the three tasks; fetched if they are not there
+DATA ?= runs/data
+QUICK := runs/bench
+METHODS = $(BIN)/python -m benchmarks.methods --suite
+QUALITY = $(BIN)/python -m benchmarks.quality
+comma := ,
 
 # $(call stage,NAME,COMMAND): say what runs, run it, note how long it took. NAME and COMMAND hold no commas.
 define stage
 @echo; echo '==> $(1)'; start=$$SECONDS; $(2); taken=$$((SECONDS - start)); \
 echo "    took $$taken s"; printf '%5d s  %s\n' $$taken '$(1)' >> $(TIMES)
 endef
+# $(call suite,NAME,COMMAND): the same, but a suite that fails is noted and the next one runs; Ctrl-C stops all.
+define suite
+@echo; echo '==> $(1)'; start=$$SECONDS; state=''; { $(2); } || { code=$$?; [ $$code -lt 128 ] || exit $$code; \
+state="  exit status $$code"; }; taken=$$((SECONDS - start)); echo "    took $$taken s$$state"; \
+printf '%5d s  %s%s\n' $$taken '$(1)' "$$state" >> $(TIMES)
+endef
+# $(call together,COMMAND): run it $(WORKERS) times at once; the processes share the work out among themselves. A shell lets
+# what it starts in the background ignore Ctrl-C, hence the trap.
+define together
+pids=''; trap 'kill $$pids; exit 130' INT TERM; for n in $$(seq $(WORKERS)); do $(1) & pids="$$pids $$!"; done; \
+worst=0; for pid in $$pids; do wait $$pid || worst=$$?; done; trap - INT TERM; (exit $$worst)
+endef
+suites_passed = @! grep 'exit status' $(TIMES)
 # Empty the list of times, and print it
 times_new = @mkdir -p $(VENV) && : > $(TIMES)
 times_show = @echo; echo 'Stages:'; cat $(TIMES)
@@ -30,7 +49,8 @@ help:
 	@echo 'make demo   set up .venv, train minBERT with adapters on the sample data, write runs/demo-<time>/report.html'
 	@echo 'make test   set up .venv, run the gate: ruff, mypy, pytest, Sphinx with warnings as errors, doctest'
 	@echo 'make aot    set up .venv, compile every Triton kernel for GPUs that are not there, judge the machine code (minutes)'
-	@echo 'make bench  set up .venv, compare training steps with the peers, small sizes; ARGS="--preset peers" for the whole'
+	@echo 'make bench  set up .venv, run a small version of every benchmark, write runs/bench/report.html (a quarter of an hour)'
+	@echo 'make bench-full  set up .venv, fetch the data to $$(DATA), run every benchmark in full, hours; the same command goes on'
 	@echo 'make docs   set up .venv, build the pages into docs/_build/html'
 	@echo 'make clean  remove .venv, built pages, caches and build folders; runs/ stays'
 
@@ -55,9 +75,42 @@ test: times-new $(VENV)/.test $(VENV)/.weights
 aot: $(VENV)/.test
 	$(BIN)/python -m benchmarks.aot $(ARGS)
 
-# The preset that ARGS names comes last and wins. Figures of the quick look stay out of the committed results.
-bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks.steps --preset quick --output runs/bench/steps.json $(ARGS)
+# Figures of the quick look stay out of the committed results.
+bench: times-new $(VENV)/.test $(VENV)/.weights
+	$(call suite,steps: beside the peers,$(BIN)/python -m benchmarks.steps --preset quick --output $(QUICK)/steps.json)
+	$(call suite,layer: one large layer,$(BIN)/python -m benchmarks.layer --width 1024 --output $(QUICK)/layer.json)
+	$(call suite,kernels: operations,$(BIN)/python -m benchmarks.kernels --small --output $(QUICK)/kernels.json)
+	$(call suite,parity: curves of the peer,$(BIN)/python -m benchmarks.parity --small --output $(QUICK)/peers.json)
+	$(call suite,memory: estimates,$(BIN)/python -m benchmarks.memory --small --output $(QUICK)/memory.json)
+	$(call suite,methods: cost,$(METHODS) cost --small --result $(QUICK)/methods_cost.json)
+	$(call suite,methods: accuracy,$(METHODS) accuracy --small --result $(QUICK)/methods_accuracy.json)
+	$(call suite,methods: intruder dimensions,$(METHODS) intruders --small --result $(QUICK)/methods_intruders.json)
+	$(call suite,methods: quantised base,$(METHODS) qlora --small --result $(QUICK)/methods_qlora.json)
+	$(call suite,quality: the claims of the paper,$(QUALITY) --small --output $(QUICK)/quality --result $(QUICK)/quality.json)
+	$(call suite,aot: machine code of some kernels,$(BIN)/python -m benchmarks.aot --sample 12 --output $(QUICK)/aot.json)
+	$(call stage,report,$(BIN)/python -m benchmarks.report --results $(QUICK))
+	$(times_show)
+	$(suites_passed)
+
+# What is finished at this commit is not measured again. Timings come first and alone; trainings share the cores.
+bench-full: times-new $(VENV)/.test $(VENV)/.weights
+	$(call stage,data of the three tasks,[ -f $(DATA)/ids-sst-train.csv ] || $(BIN)/python -m $(EXAMPLE).data fetch $(DATA))
+	$(call suite,steps: beside the peers,$(BIN)/python -m benchmarks.steps --preset peers)
+	$(call suite,steps: over size,$(BIN)/python -m benchmarks.steps --preset scaling)
+	$(call suite,layer: one large layer,$(BIN)/python -m benchmarks.layer)
+	$(call suite,kernels: operations,$(BIN)/python -m benchmarks.kernels)
+	$(call suite,memory: estimates,$(BIN)/python -m benchmarks.memory)
+	$(call suite,methods: cost,$(METHODS) cost)
+	$(call suite,quality: efficiency,$(QUALITY) --claims A --data $(DATA))
+	$(call suite,quality: ranks and ensembles,$(call together,$(QUALITY) --claims B$(comma)C --data $(DATA)))
+	$(call suite,parity: curves of the peer,$(BIN)/python -m benchmarks.parity --data $(DATA))
+	$(call suite,methods: accuracy,$(call together,$(METHODS) accuracy --data $(DATA)))
+	$(call suite,methods: intruder dimensions,$(METHODS) intruders)
+	$(call suite,methods: quantised base,$(METHODS) qlora --data $(DATA))
+	$(call suite,aot: machine code,$(BIN)/python -m benchmarks.aot)
+	$(call stage,report,$(BIN)/python -m benchmarks.report)
+	$(times_show)
+	$(suites_passed)
 
 docs: times-new $(VENV)/.test
 	$(call stage,sphinx: pages with warnings as errors,$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html)

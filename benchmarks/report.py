@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 from benchmarks.page import render
-from benchmarks.sections import code, methods, quality, steps
+from benchmarks.sections import checks, code, methods, quality, steps
 from benchmarks.sections.results import Results, digests, read
 from docs import generate
 
@@ -31,6 +31,7 @@ SECTIONS = (
     methods.intruders,
     methods.qlora,
     methods.minbert,
+    checks.memory,
     code.machine_code,
 )
 LEAD = (
