@@ -26,6 +26,7 @@ SECTIONS = (
     quality.efficiency,
     quality.ranks,
     quality.ensembles,
+    quality.targets,
     methods.accuracy,
     methods.cost,
     methods.intruders,
