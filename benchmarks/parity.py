@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from benchmarks.harness import RESULTS, RedGateError, ResultFile, machine
 from benchmarks.peers import LIBRARIES, Plan, versions
-from benchmarks.protocol import TASK
 from examples.minbert_multitask.data import TaskData, collate
 from examples.minbert_multitask.evaluate import autocast, load_data
 from examples.minbert_multitask.network import MultitaskBert, build_network
@@ -34,6 +33,7 @@ from examples.minbert_multitask.trainer import BatchStream
 
 TARGETS = ("query", "key", "value", "dense")
 PEER = "peft"
+TASK = "sst"
 LIMIT, JUDGED = 1e-4, 50  # relative, over so many of the first steps
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),

@@ -32,7 +32,9 @@ SECTIONS = (
     methods.intruders,
     methods.qlora,
     methods.minbert,
+    checks.parity,
     checks.memory,
+    checks.kernels,
     code.machine_code,
 )
 LEAD = (

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.plots.style import (
+    AMBER,
     BLUE,
     FAINT,
     GREEN,
@@ -17,7 +18,6 @@ from benchmarks.plots.style import (
     SIZE,
     at_values,
     below,
-    legend,
     logarithmic,
     panels,
     titles,
@@ -104,9 +104,9 @@ def effects(rows: Mapping[str, Mapping[str, Interval]], unit: str, title: str) -
         unit: of the axis.
         title: of the figure.
     """
-    figure, (ax,) = panels(9, 1.5 + 0.42 * len(rows))
-    styles = [(BLUE, "o"), (ORANGE, "D"), (GREEN, "s"), (PURPLE, "v")]
+    styles = [(BLUE, "o"), (ORANGE, "D"), (GREEN, "s"), (PURPLE, "v"), (AMBER, "^"), (INK, "P")]
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    figure, (ax,) = panels(9, 1.5 + (0.15 + 0.09 * len(names)) * len(rows))
     ax.axvline(1, color=INK, linewidth=1.2)
     for place, row in enumerate(rows.values()):
         for index, name in enumerate(names):
@@ -154,28 +154,28 @@ def estimates(rows: Mapping[str, tuple[float, float]], limit: float) -> Figure:
     return figure
 
 
-def deviations(runs: Mapping[str, Sequence[float]], limit: float, steps: int) -> Figure:
+def deviations(runs: Mapping[str, Sequence[float]], limit: float | None, steps: int) -> Figure:
     """Relative difference of two training curves at every step, with the limit over the steps that it is for.
 
     Args:
         runs: label -> relative difference of the losses at each step.
-        limit: of the difference.
+        limit: of the difference, None where nothing is judged.
         steps: how many first steps it holds for.
     """
     figure, (ax,) = panels(9, 3.7)
     styles = [(BLUE, "-"), (ORANGE, "-"), (GREEN, "--"), (PURPLE, "--"), (INK, ":")]
-    floor = min((value for run in runs.values() for value in run if value > 0), default=limit / 10)
+    positive = [value for run in runs.values() for value in run if value > 0] or [1e-8]
+    floor = min(positive)
     for index, (name, run) in enumerate(runs.items()):
         colour, line = styles[index % len(styles)]
         values = [max(value, floor / 2) for value in run]
         ax.plot(range(1, len(run) + 1), values, line, color=colour, linewidth=1.5, label=name)
-    ax.plot([1, steps], [limit, limit], color=INK, linewidth=1.4)
-    ax.annotate(f"limit {limit:g}", (steps, limit), xytext=(4, 0), textcoords="offset points", va="center", fontsize=SIZE - 1,
-                color=INK)  # fmt: skip
-    low = min([floor / 2, limit])
-    high = max([limit, *(value for run in runs.values() for value in run)])
-    ax.set_ylim(low / 2, high * 3)
+    if limit is not None:
+        ax.plot([1, steps], [limit, limit], color=INK, linewidth=1.4)
+        ax.annotate(f"limit {limit:g}", (steps, limit), xytext=(-4, 3), textcoords="offset points", va="bottom", ha="right",
+                    fontsize=SIZE - 1, color=INK)  # fmt: skip
+    ax.set_ylim(floor / 4, 3 * max([*positive, limit or 0.0]))
     logarithmic(ax.yaxis, form=lambda value: f"{value:.0e}")
     titles(ax, "Loss beside the peer's, from the same factors", "optimizer step", "relative difference (no unit)")
-    legend(ax, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    below(figure, ax, 2)
     return figure
