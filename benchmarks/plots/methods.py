@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import quantiles
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -48,18 +49,35 @@ def byte_size(value: float) -> str:
     return f"{value / KIBI**2:g} MiB" if value >= KIBI**2 else f"{value / KIBI:g} KiB" if value >= KIBI else f"{value:g} B"
 
 
+def floor(values: Sequence[float]) -> float:
+    """Least of the `values` that are no outliers below: not 1.5 times the middle half's width under it (Tukey 1977)."""
+    if len(values) < 4:
+        return min(values)
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return min(value for value in values if value >= low - 1.5 * (high - low))
+
+
 def _accuracy(cells: Cells, x_of: Any, title: str, x: str, *, base: int, form: Any) -> Figure:
     figure, (ax,) = panels(10.2, 5.6)
-    points, named = [], set()
+    points: list[tuple[float, float, str, str]] = []
+    named: set[tuple[str, str, str]] = set()
+    scores = [100 * cell["figures"]["dev"] for cell in cells.values()]
+    least = floor(scores)
+    foot = least - 0.12 * (max(scores) - least) - 0.5  # where outliers are drawn
     for name, cell in cells.items():
         label, colour, marker = kind(cell["settings"])
         figures = cell["figures"]
         place, dev = x_of(figures), 100 * figures["dev"]
-        spread = 100 * error(figures["right"])
-        ax.plot([place, place], [dev - spread, dev + spread], color=colour, alpha=0.3, linewidth=1)
-        ax.plot(place, dev, marker, color=colour, markersize=5.5, label=None if label in named else label, linestyle="none")
-        named.add(label)
+        if dev < least:
+            name, dev, marker = f"{name}: {dev:.1f} ↓", foot, "v"
+        else:
+            spread = 100 * error(figures["right"])
+            ax.plot([place, place], [dev - spread, dev + spread], color=colour, alpha=0.3, linewidth=1)
+        ax.plot(place, dev, marker, color=colour, markersize=5.5)
+        named.add((label, colour, kind(cell["settings"])[2]))
         points.append((place, dev, name, colour))
+    for label, colour, marker in sorted(named):
+        ax.plot([], [], marker, color=colour, markersize=5.5, label=label)
     ax.set_xlim(min(p[0] for p in points) / 1.7, max(p[0] for p in points) * 2.4)
     logarithmic(ax.xaxis, base, form)
     titles(ax, title, x, "dev accuracy, %")

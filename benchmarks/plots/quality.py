@@ -20,6 +20,7 @@ from benchmarks.plots.style import (
     below,
     logarithmic,
     panels,
+    ratios,
     titles,
 )
 
@@ -121,7 +122,7 @@ def effects(rows: Mapping[str, Mapping[str, Interval]], unit: str, title: str) -
         ax.plot([], [], marker, color=colour, label=name)
     ends = [end for row in rows.values() for one in row.values() for end in one]
     ax.set_xlim(min(1.0, *ends) / 1.12, max(1.0, *ends) * 1.12)
-    logarithmic(ax.xaxis, 2 if max(ends) / min(ends) > 3 else 10, lambda value: f"{value:g}×")
+    ratios(ax.xaxis)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)

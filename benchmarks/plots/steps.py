@@ -25,6 +25,7 @@ from benchmarks.plots.style import (
     legend,
     logarithmic,
     panels,
+    ratios,
     titles,
 )
 
@@ -113,7 +114,7 @@ def forest(cells: Cells, series: Mapping[str, Series], *, ahead: tuple[str, str]
     axes[0].set_ylim(len(shown) - 0.5, -0.5)
     for ax in axes:
         ax.set_xlim(min(values) / 1.15, max(values) * 1.15)
-        logarithmic(ax.xaxis, 2 if max(values) / min(values) > 3 else 10, lambda value: f"{value:g}×")
+        ratios(ax.xaxis)
         for side, text, align in ((6, f"{ahead[1]} →", "left"), (-6, f"← {ahead[0]}", "right")):
             ax.annotate(text, (1, 1), xycoords=ax.get_xaxis_transform(), xytext=(side, 2), textcoords="offset points", ha=align,
                         fontsize=SIZE - 1.5, color=MUTED, va="bottom")  # fmt: skip

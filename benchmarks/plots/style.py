@@ -87,6 +87,12 @@ def logarithmic(axis: Any, base: int = 10, form: Any = number) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def ratios(axis: Any) -> None:
+    """Make an axis of ratios logarithmic, with ticks at powers of two unless they span too little or too much for these."""
+    low, high = getattr(axis.axes, f"get_{axis.axis_name}lim")()
+    logarithmic(axis, 2 if 3 < high / low < 300 else 10, lambda value: f"{value:g}×")
+
+
 def at_values(axis: Any, values: Sequence[float]) -> None:
     """A tick at each of `values` alone, on an axis that is already logarithmic."""
     axis.set_ticks(list(values), [number(value) for value in values])

@@ -26,12 +26,14 @@ def machine_code(results: Results) -> Section:
         measures = ("registers", "shared", "spills", "stack")
         most = {name: max((entry[name] for entry in compiled), default=0) for name in measures}
         cores = sum(bool(entry["hmma"] + entry["hgmma"] + entry["tcgen05"]) for entry in compiled)
+        fits = len(compiled) == len(found) and not most["spills"] + most["stack"]
         rows.append(
             [architecture, str(len({entry["kernel"] for entry in found})), str(len(found)), str(len(found) - len(compiled)),
-             str(most["registers"]), f"{most['shared'] / 1024:.0f} KiB", str(most["spills"]), f"{most['stack']} B", str(cores)]
+             str(most["registers"]), f"{most['shared'] / 1024:.0f} KiB", str(most["spills"]), f"{most['stack']} B", str(cores),
+             "not asked" if not architecture.startswith("sm_") else "yes" if fits else "**no**"]
         )  # fmt: skip
     header = ["architecture", "kernels", "variants", "do not compile", "most registers", "most shared memory", "spills",
-              "stack", "with tensor cores"]  # fmt: skip
+              "stack", "with tensor cores", "no spills"]  # fmt: skip
     spilling = [entry["architecture"] for entry in entries if entry.get("spills", 0)]
     broken = sum("error" in entry for entry in entries)
     spills = f"{len(spilling)} with spills ({', '.join(sorted(set(spilling)))})" if spilling else "none with spills"

@@ -23,7 +23,10 @@ def accuracy(results: Results) -> Section:
     best = max(found, key=lambda name: found[name]["figures"]["dev"])
     named = [name for name in dict.fromkeys((best, "full", "lora", "dora", "lora-r1")) if name in found]
     scores = ", ".join(f"{name} {100 * found[name]['figures']['dev']:.1f} %" for name in named)
-    caption = "Up is better, left is smaller. What lies within a bar of another is not told apart from it by this dev set."
+    caption = (
+        "Up is better, left is smaller. What lies within a bar of another is not told apart from it by this dev set. An arrow: "
+        "far below the rest, at the value given."
+    )
     parts = [
         picture(plots.accuracy_by_trained(found), "trained", caption),
         picture(plots.accuracy_by_bytes(found), "bytes", "The same, against the size of the file that serves one task."),
