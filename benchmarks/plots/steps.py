@@ -85,7 +85,7 @@ def forest(cells: Cells, series: Mapping[str, Series], *, ahead: tuple[str, str]
         ahead: what being left of 1 means, and right of it.
     """
     shown = {key: cell for key, cell in cells.items() if series.keys() & cell["figures"]["ratios"].keys()}
-    height = 1.3 + len(shown) * (0.16 * len(series) + 0.14)
+    height = 1.3 + len(shown) * (0.12 * len(series) + 0.14)
     figure, axes = panels(10.2, max(2.6, height), 2, sharey=True, width_ratios=[1.5, 1])
     values: list[float] = [1.0]
     for ax, measure in zip(axes, ("step", "saved_mib"), strict=True):
@@ -120,7 +120,7 @@ def forest(cells: Cells, series: Mapping[str, Series], *, ahead: tuple[str, str]
                         fontsize=SIZE - 1.5, color=MUTED, va="bottom")  # fmt: skip
     titles(axes[0], "Step time\n", "ratio of step times (no unit); bar: 20 to 80 % of the rounds")
     titles(axes[1], "Saved for backward\n", "ratio of bytes (no unit); exact")
-    below(figure, axes[0], 3)
+    below(figure, axes[0], 3, place="upper")  # the figure may be taller than a screen
     return figure
 
 
@@ -129,6 +129,13 @@ def along(cells: Cells, axis: str, amp: str) -> list[Mapping[str, Any]]:
     rest = {key: value for key, value in (BASE | {"dropout": 0.0, "amp": amp}).items() if key != axis}
     found = [cell for cell in cells.values() if rest.items() <= cell["settings"].items()]
     return sorted(found, key=lambda cell: cell["settings"][axis])
+
+
+def leading(cell: Mapping[str, Any], library: str | None, method: str, measure: str) -> Mapping[str, Any] | None:
+    """Of a cell's candidates that are `method` of `library`, in the cell's precision, the figures of the best by `measure`."""
+    rows: Mapping[str, Mapping[str, Any]] = cell["figures"]["candidates"]
+    names = of_library([name for name in rows if not name.endswith("@fp32")], library, method)
+    return rows[best(names, rows, measure)] if names else None
 
 
 def scaling(cells: Cells, amp: str) -> Figure | None:
@@ -142,10 +149,8 @@ def scaling(cells: Cells, amp: str) -> Figure | None:
             for (library, method), drawn in KINDS.items():
                 points = []
                 for cell in found:
-                    rows = cell["figures"]["candidates"]
-                    names = of_library([name for name in rows if not name.endswith("@fp32")], library, method)
-                    if names:
-                        row = rows[best(names, rows, measure)]
+                    row = leading(cell, library, method, measure)
+                    if row is not None:
                         value = row["ms"]["step"] if measure == "step" else [row[measure]] * 3
                         points.append((cell["settings"][axis], *value))
                 if points:

@@ -60,11 +60,11 @@ def legend(ax: Axes, **options: Any) -> None:
         ax.legend(**{"frameon": False, "fontsize": SIZE, "labelcolor": INK, **options})
 
 
-def below(figure: Figure, ax: Axes, columns: int = 5) -> None:
-    """One legend below all panels, of what `ax` shows."""
+def below(figure: Figure, ax: Axes, columns: int = 5, *, place: str = "lower") -> None:
+    """One legend below all panels, or above them in ``upper`` place, of what `ax` shows."""
     handles, labels = ax.get_legend_handles_labels()
     columns = min(columns, len(labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=SIZE, labelcolor=INK)
+    figure.legend(handles, labels, loc=f"outside {place} center", ncols=columns, frameon=False, fontsize=SIZE, labelcolor=INK)
 
 
 def number(value: float) -> str:

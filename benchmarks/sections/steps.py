@@ -1,7 +1,7 @@
 """Training steps: beside the peers, against full fine-tuning, over size, and one large layer."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.claims import CLAIMS, judge
@@ -58,7 +58,7 @@ def closing_note(rows: list[tuple[str, str, Mapping[str, Any]]]) -> str:
             lines.append(f"{where_}: **{mark}** in time ({title} {_spread(row['step'])}), with {flops} and {saved}: {why}.")
     if not lines:
         return "No peer is ahead in time in any cell, by the medians."
-    return "Where a peer is ahead.\n\n" + "\n\n".join(lines)
+    return f"Where a peer is ahead in time: {counted(len(lines), 'row')}.\n\n" + "\n\n".join(lines)
 
 
 def peers(results: Results) -> Section:
@@ -159,6 +159,17 @@ def full(results: Results) -> Section:
     return Section("full", title, claim, command, outcome, parts, caveat, where(shown.values()))
 
 
+def growth(along: Sequence[Mapping[str, Any]]) -> str:
+    """By how much the steps of full fine-tuning and of our adapters grow from the first cell to the last, in words."""
+    words = []
+    for (library, method), drawn in plots.KINDS.items():
+        if library in (None, "ours"):
+            ends = [plots.leading(cell, library, method, "step") for cell in (along[0], along[-1])]
+            if None not in ends:
+                words.append(f"{drawn.label} ×{ends[1]['ms']['step'][0] / ends[0]['ms']['step'][0]:.1f}")
+    return "step of " + ", ".join(words)
+
+
 def scaling(results: Results) -> Section:
     """How cost grows with batch, sequence, width and rank."""
     found = cells(results, "steps")
@@ -174,12 +185,12 @@ def scaling(results: Results) -> Section:
                 along = plots.along(found, axis, amp)
                 if len(along) > 1:
                     used += along
-                    values = ", ".join(str(cell["settings"][axis]) for cell in along)
-                    varied.append(f"{axis} {values} ({name})")
+                    grown = along[-1]["settings"][axis] / along[0]["settings"][axis]
+                    varied.append(f"{plots.AXES[axis].split(',')[0]} ×{grown:g}: {growth(along)} ({name})")
     if not parts:
         return Section("scaling", title, claim, command)
     caveat = "Both axes are logarithmic: a slope of one means that cost grows in proportion."
-    return Section("scaling", title, claim, command, f"Measured: {'; '.join(varied)}.", parts, caveat, where(used))
+    return Section("scaling", title, claim, command, f"{'; '.join(varied)}.", parts, caveat, where(used))
 
 
 def layer(results: Results) -> Section:
