@@ -77,10 +77,10 @@ aot: $(VENV)/.test
 
 # Figures of the quick look stay out of the committed results.
 bench: times-new $(VENV)/.test $(VENV)/.weights
-	$(call suite,steps: beside the peers,$(BIN)/python -m benchmarks.steps --preset quick --output $(QUICK)/steps.json)
+	$(call suite,steps: beside the peers,$(BIN)/python -m benchmarks.steps --preset quick --threads 1 --output $(QUICK)/steps.json)
 	$(call suite,layer: one large layer,$(BIN)/python -m benchmarks.layer --width 1024 --output $(QUICK)/layer.json)
 	$(call suite,kernels: operations,$(BIN)/python -m benchmarks.kernels --small --output $(QUICK)/kernels.json)
-	$(call suite,parity: curves of the peer,$(BIN)/python -m benchmarks.parity --small --output $(QUICK)/peers.json)
+	$(call suite,parity: curves of the peer,$(BIN)/python -m benchmarks.parity --small --steps 30 --output $(QUICK)/peers.json)
 	$(call suite,memory: estimates,$(BIN)/python -m benchmarks.memory --small --output $(QUICK)/memory.json)
 	$(call suite,methods: cost,$(METHODS) cost --small --result $(QUICK)/methods_cost.json)
 	$(call suite,methods: accuracy,$(METHODS) accuracy --small --result $(QUICK)/methods_accuracy.json)

@@ -30,6 +30,6 @@ PRESETS: dict[str, tuple[Cell, ...]] = {
         *_crossed(**_sizes(width=384, batch=[(16, 128)])),
         *_crossed(**_sizes(width=384, targets="qv")),
     ),
-    # Minutes: whether everything runs, and a first look.
-    "quick": tuple(_crossed(**_sizes(width=384), layers=2, rounds=5, warmup=2)),
+    # A minute or two: whether everything runs, and a first look.
+    "quick": tuple(_crossed(**_sizes(width=384, batch=[(4, 32)]), layers=1, rounds=3, warmup=1)),
 }
