@@ -31,7 +31,7 @@ def config(kernel: str, *, arch: str, dtype: torch.dtype, rank: int, columns: in
     """Tile sizes, ``num_warps`` and ``num_stages`` for one launch.
 
     Args:
-        kernel: name in the table, that of the file without ``_triton.py``.
+        kernel: name in the table: that of the file without ``_triton.py``, and what the kernel does where a file has two.
         arch: as `launch_triton.architecture` names it.
         dtype: of the matrix that the kernel streams.
         rank: padded rank.
