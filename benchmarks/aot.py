@@ -156,7 +156,9 @@ def compile_all(planned: Sequence[Planned], *, path: Path, fresh: bool, workers:
     facts = machine() | {"triton": triton.__version__}
 
     def write() -> None:
-        write_result(path, {"suite": "aot", "machine": facts, "variants": {k: entries[k] for k in wanted if k in entries}})
+        variants = {key: entries[key] for key in wanted if key in entries}
+        failed = sum(len(failures(entry)) for entry in variants.values())
+        write_result(path, {"suite": "aot", "machine": facts, "failed": failed, "variants": variants})
 
     with tqdm(total=len(planned), initial=len(entries), unit="variant", desc="compile") as bar:
         if _planned:

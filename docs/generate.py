@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import peftlite
-from docs import method_tables, step_tables
+from docs import kernel_tables, method_tables, step_tables
 from docs.invariants import coverage, marked_tests
 from docs.invariants import sections as invariant_sections
 
@@ -211,6 +211,9 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/choosing_a_method.rst": {"choices": choices},
     "docs/invariants.rst": {"invariants": invariants},
+    "docs/kernels.rst": {
+        "machine_code": lambda: _read("aot.json", lambda found: kernel_tables.machine_code(found, rst_table)),
+    },
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
     "docs/measurements.rst": {
         "accuracy": lambda: _method_table("accuracy", method_tables.accuracy),
