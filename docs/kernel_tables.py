@@ -39,7 +39,8 @@ def _cell(entries: Sequence[Mapping[str, Any]]) -> str:
         f"{max(entry['registers'] for entry in compiled)} reg.",
         f"{max(entry['shared'] for entry in compiled) / 1024:.0f} KiB",
     ]
-    for key, name in {**CORES, "wide_loads": "× 128 bit"}.items():
+    cores = CORES if entries[0]["architecture"].startswith("sm_") else {"hmma": "MFMA"}
+    for key, name in {**cores, "wide_loads": "× 128 bit"}.items():
         if some := [entry[key] for entry in compiled if entry[key]]:
             parts.append(f"{min(some)} {name}")
     return ", ".join(parts)
