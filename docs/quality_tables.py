@@ -151,7 +151,7 @@ def efficiency(found: Found, table: Table) -> str:
     parts.append(f"Each effect alone, as ratios of paired passes (20..80 %).\n\n{_effects(costs, table)}")
     note = (
         "Peak is what weights, gradients, optimizer and activations hold at once; saved is what autograd keeps for backward; "
-        "both on the epoch's longest batch. Scores are of one seed, at the learning rates that claim B's searches found under "
+        "both on the longest of the pass's batches. Scores are of one seed, at the learning rates that claim B's searches found under "
         "autocast, and after as many steps as there."
     )
     return "\n\n".join([f"{note} {caption(costs)}", *parts, " ".join(faster(costs))])

@@ -22,7 +22,7 @@ from examples.minbert_multitask.model import BertConfig, BertModel
 from examples.minbert_multitask.settings import Settings
 
 SHORT = ["--small", "--search-examples", "8", "--held-examples", "8", "--quora-train", "18", "--quora-dev", "10"]
-SHORT += ["--batch-size", "4", "--grid", "1", "--steps", "2", "--memory-batch", "8"]
+SHORT += ["--batch-size", "4", "--grid", "1", "--steps", "2", "--memory-batch", "8", "--rounds", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +130,12 @@ def test_costs_of_the_candidates(run) -> None:
 def test_picked_batches_stand_for_all_lengths(run, tables, tiny_bert) -> None:
     protocol = Protocol(task="quora", weights=str(tiny_bert), search_examples=8, held_examples=8)
     data = load_splits(protocol, str(tables), run[0]).train
-    chosen, longest, count = pick(data, 4, 5)
+    chosen, count = pick(data, 4, 5)
     assert count == 5
     assert sorted(i for index in chosen for i in index) == list(range(20))
-    assert longest == chosen[-1]
-    (middle,), _, _ = pick(data, 4, 1)
+    lengths = [max(len(side[i]) for side in (data.first, data.second) for i in index) for index in chosen]
+    assert lengths == sorted(lengths)
+    (middle,), _ = pick(data, 4, 1)
     assert middle == chosen[2]
 
 
