@@ -1,28 +1,28 @@
 """SST accuracy of every recipe under one protocol, with its training time: `python -m benchmarks.methods --suite accuracy`.
 
-The protocol: MiniLM, mean pooling and a linear head, AdamW, equal epochs over all of train, one seed. Before that the
-learning rate is searched on train alone: short runs on a part of it, judged by the cross-entropy on another part that
-they do not see, at the recipe's usual rate, at a third and at three times that; where an end of the grid is best the
-grid grows by a step there. Dev is scored once, after the last step.
+The protocol: MiniLM, mean pooling and a linear head, AdamW, equal epochs over all of train, one seed. The learning rate is
+searched on train alone: short runs on a part of it, judged by the cross-entropy on another part that they do not see, at
+the recipe's usual rate, at a third and at three times that; where an end of the grid is best the grid grows by a step
+there. What a short run bears can be too much for a long one: the whole training is therefore run at a third of that rate
+too, and at a third again, as long as that lowers the loss over its last tenth, which in one epoch is a loss on examples not
+seen before. Dev chooses nothing.
 """
 
-import fcntl
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftlite
-from benchmarks.harness import RESULTS, ResultFile, machine, write_result
-from benchmarks.protocol import TASK, Protocol, Splits, load_splits
+from benchmarks.harness import RESULTS
+from benchmarks.jobs import Job, collect, work
+from benchmarks.protocol import Protocol, Splits, load_splits
 from benchmarks.recipes import RANKS, RECIPES, Recipe
 from examples.minbert_multitask.controllers import saving
 from examples.minbert_multitask.data import TaskData, collate
@@ -31,7 +31,7 @@ from examples.minbert_multitask.network import MultitaskBert, parameter_counts
 from examples.minbert_multitask.progress import Progress
 from examples.minbert_multitask.schedule import lr_factor
 from examples.minbert_multitask.settings import Settings
-from examples.minbert_multitask.tasks import task_loss
+from examples.minbert_multitask.tasks import TASKS, predictions, task_loss, task_score
 from examples.minbert_multitask.trainer import BatchStream
 from peftlite.methods.dylora import set_rank
 
@@ -80,7 +80,7 @@ def train(
     optimizer = recipe.optimizer(network, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     stream = BatchStream(data, settings)
-    total = settings.epochs * stream.per_pass
+    total = settings.steps or settings.epochs * stream.per_pass
     counts = parameter_counts(network, trained)
     controller = recipe.controller(network, optimizer, settings, total)
     forward, progress = wrap(network), Progress(total, 0, quiet=quiet)
@@ -90,8 +90,8 @@ def train(
         for step in range(total):
             batch = collate(data, share(stream[step]), max_length=settings.max_length)
             with autocast(settings):
-                logits = forward(TASK, batch)
-            loss = task_loss(TASK, logits, batch.labels)
+                logits = forward(data.task, batch)
+            loss = task_loss(data.task, logits, batch.labels, sts_loss=settings.sts_loss)
             loss.backward()
             factor = lr_factor(step, total, warmup=settings.warmup, schedule=settings.lr_schedule)
             for group in optimizer.param_groups:
@@ -116,21 +116,21 @@ def train(
 
 
 def search(recipe: Recipe, protocol: Protocol, base: Settings, splits: Splits, *, quiet: bool = False) -> dict[str, Any]:
-    """The learning rate with the least cross-entropy on the held part, and every one that was tried."""
+    """The learning rate with the least loss on the held part after one pass over the other, and every one that was tried."""
     tried: dict[float, dict[str, float]] = {}
 
     def try_rate(rate: float) -> None:
-        settings = recipe.resolved(base, **{recipe.tuned: rate, "epochs": 1})
+        settings = recipe.resolved(base, **{recipe.tuned: rate, "epochs": 1, "steps": None})
         try:
             network = train(recipe, settings, splits.search, quiet=True).network
             logits = task_outputs(network, splits.held, settings)
-            loss = float(F.cross_entropy(logits, splits.held.labels))
-            accuracy = float((logits.argmax(-1) == splits.held.labels).float().mean())
+            loss = float(task_loss(protocol.task, logits, splits.held.labels, sts_loss=settings.sts_loss))
+            score = task_score(protocol.task, predictions(protocol.task, logits), splits.held.labels)
         except FloatingPointError:
-            loss, accuracy = math.inf, 0.0
-        tried[rate] = {"loss": loss if math.isfinite(loss) else 1e9, "accuracy": accuracy}
+            loss, score = math.inf, 0.0
+        tried[rate] = {"loss": loss if math.isfinite(loss) else 1e9, "score": score}
         if not quiet:
-            print(f"  {recipe.name}: {recipe.tuned} {rate:.2g}, held loss {loss:.4f}, accuracy {accuracy:.3f}", flush=True)
+            print(f"  {recipe.name}: {recipe.tuned} {rate:.2g}, held loss {loss:.4f}, score {score:.3f}", flush=True)
 
     for k in range(protocol.grid):
         try_rate(recipe.lr * SPACING ** (k - protocol.grid // 2))
@@ -143,31 +143,21 @@ def search(recipe: Recipe, protocol: Protocol, base: Settings, splits: Splits, *
     return {"best": best, "tried": [{"lr": rate, **tried[rate]} for rate in sorted(tried)]}
 
 
-def judge(training: Training, data: TaskData) -> tuple[float, str]:
-    """Accuracy, and right or wrong for each example in the file's order, as a string of 1 and 0."""
-    logits = task_outputs(training.network, data, training.settings)
-    right = logits.argmax(-1) == data.labels
-    return float(right.double().mean()), "".join("1" if r else "0" for r in right.tolist())
+def judge(training: Training, data: TaskData) -> tuple[float, str | None]:
+    """The task's score and, where it is an accuracy, right or wrong for each example in the file's order, as 1 and 0."""
+    answers = predictions(data.task, task_outputs(training.network, data, training.settings))
+    score = task_score(data.task, answers, data.labels)
+    if TASKS[data.task].metric != "accuracy":
+        return score, None
+    return score, "".join("1" if right else "0" for right in (answers == data.labels.long()).tolist())
 
 
-def measure(
-    recipe: Recipe, protocol: Protocol, data: str, splits: Splits, output: Path, *, quiet: bool = False
-) -> dict[str, Any]:
-    """Search, train, score: the figures of one cell. The trained tensors go to ``output/<name>.safetensors``."""
-    base = protocol.settings(data)
-    start = time.perf_counter()
-    found = search(recipe, protocol, base, splits, quiet=quiet)
-    settings = recipe.resolved(base, **{recipe.tuned: found["best"]})
-    searched = time.perf_counter() - start
-    file = output / f"{recipe.name}.safetensors"
-    training = train(recipe, settings, splits.train, save=file, quiet=quiet)
-    accuracy, right = judge(training, splits.dev)
-    figures = {
-        "dev": accuracy,
+def trained_figures(training: Training, file: Path, dev: TaskData) -> dict[str, Any]:
+    """What a training came to and what it took; `file` is what it saved."""
+    score, right = judge(training, dev)
+    return {
+        "dev": score,
         "right": right,
-        "lr": found["best"],
-        "search": found["tried"],
-        "search_seconds": searched,
         "seconds": training.seconds,
         "cpu_seconds": training.cpu_seconds,
         "steps": training.steps,
@@ -177,6 +167,16 @@ def measure(
         "heads": training.counts["heads"],
         "bytes": file.stat().st_size,
     }
+
+
+def whole(recipe: Recipe, settings: Settings, splits: Splits, file: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Train on all of train and score on dev: the figures. The trained tensors go to `file`.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    training = train(recipe, settings, splits.train, save=file, quiet=quiet)
+    figures = trained_figures(training, file, splits.dev)
     if recipe.method == "dylora":
         figures["ranks"] = {}
         for rank in RANKS:
@@ -186,49 +186,62 @@ def measure(
     return figures
 
 
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process alone has `path` for the block; the system releases it even if the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+def measure(
+    recipe: Recipe, protocol: Protocol, data: str, splits: Splits, output: Path, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Search, train, score: the figures of one cell. The trained tensors go to ``output/<name>.safetensors``.
+
+    The whole training is repeated at a third of the rate while that lowers the loss of its last steps.
+
+    Raises:
+        FloatingPointError: the loss is not finite, at none of the rates.
+    """
+    base = protocol.settings(data)
+    start = time.perf_counter()
+    found = search(recipe, protocol, base, splits, quiet=quiet)
+    searched = time.perf_counter() - start
+    file = output / f"{recipe.name}.safetensors"
+    attempt = file.with_suffix(".attempt")
+    rate, best, trainings = found["best"], None, []
+    for _ in range(1 + protocol.descend):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+            made = whole(recipe, recipe.resolved(base, **{recipe.tuned: rate}), splits, attempt, quiet=quiet)
+        except FloatingPointError as error:
+            trainings.append({"lr": rate, "failed": str(error)})
+        else:
+            trainings.append({"lr": rate, "loss": made["loss"], "seconds": made["seconds"]})
+            if best is not None and made["loss"] >= best["loss"]:
+                break
+            best = {"lr": rate, **made}
+            attempt.replace(file)
+        rate /= SPACING
+    attempt.unlink(missing_ok=True)
+    if best is None:
+        raise FloatingPointError("; ".join(training["failed"] for training in trainings))
+    return {**best, "search": found["tried"], "search_seconds": searched, "trainings": trainings}
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    return f"dev {figures['dev']:.4f}, {figures['seconds']:.0f} s, on the CPU {figures['cpu_seconds']:.0f} s"
 
 
 def run(names: list[str], protocol: Protocol, data: str, output: Path, result: Path, *, fresh: bool = False) -> None:
     """Measure the recipes that are not measured yet; several processes may do so at once, with one `output`."""
     torch.set_num_threads(protocol.threads)
     splits = load_splits(protocol, data, output / "token-cache")
-    for count, name in enumerate(names, start=1):
-        recipe, place = RECIPES[name], f"[{count}/{len(names)}] {name}"
-        settings = {**protocol.record(), **recipe.record(), "examples": [len(s) for s in splits]}
-        with claimed(output / "cells" / f"{name}.lock") as mine:
-            cells = ResultFile(output / "cells" / f"{name}.json", "accuracy")
-            # What a cell does not name is younger than the cell, and was what is now the default
-            before = {**asdict(Protocol()), **cells.cells[name]["settings"]} if name in cells.cells else None
-            known = before == json.loads(json.dumps(settings))
-            if not mine or (known and not fresh):
-                print(f"{place}: {'finished before' if mine else 'another process is at it'}", flush=True)
-                continue
-            print(place, flush=True)
-            facts = machine()
-            figures = measure(recipe, protocol, data, splits, output)
-            cells.add(name, facts, settings, figures)
-            seconds = f"{figures['seconds']:.0f} s, on the CPU {figures['cpu_seconds']:.0f} s"
-            print(f"  {name}: dev {figures['dev']:.4f}, {seconds}", flush=True)
-            collect(output, result)
-    collect(output, result)  # all may have been finished before
+    shared = {**protocol.record(), "examples": [len(s) for s in splits]}
 
+    def job(recipe: Recipe) -> Job:
+        return Job(
+            recipe.name,
+            {**shared, **recipe.record()},
+            lambda _: measure(recipe, protocol, data, splits, output),
+            summary=summary,
+        )
 
-def collect(output: Path, result: Path) -> None:
-    """Write the finished cells of `output` into one result file, in the order of the recipes."""
-    cells = {}
-    for name in RECIPES:
-        cells |= ResultFile(output / "cells" / f"{name}.json", "accuracy").cells
-    if cells:
-        write_result(result, {"suite": "accuracy", "cells": cells})
-    print(f"{len(cells)} of {len(RECIPES)} recipes are in {result.name}", flush=True)
+    jobs = [job(RECIPES[name]) for name in names]
+    # What a cell does not name is younger than the cell, and was what is now the default
+    work(jobs, output, "accuracy", list(RECIPES), result, fresh=fresh, defaults=asdict(Protocol()))
+    found = collect(output, "accuracy", list(RECIPES), result)
+    print(f"{found} of {len(RECIPES)} recipes are in {result.name}", flush=True)

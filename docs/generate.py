@@ -4,6 +4,7 @@ A block stands between a line `generated: NAME` and a line `end`, in a comment o
 from `peftlite.METHODS`, the figures from `benchmarks/results/*.json`; nobody types either.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import peftlite
-from docs import kernel_tables, method_tables, step_tables
+from docs import kernel_tables, method_tables, quality_tables, step_tables
 from docs.invariants import coverage, marked_tests
 from docs.invariants import sections as invariant_sections
 
@@ -201,6 +202,10 @@ def _method_table(suite: str, render: Callable[[Mapping[str, Any], method_tables
     return _read(f"methods_{suite}.json", lambda found: render(found, rst_table))
 
 
+def _quality_table(render: Callable[[Mapping[str, Any], quality_tables.Table], str]) -> str:
+    return _read("quality.json", lambda found: render(found, rst_table))
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": lambda: methods(markdown_table, "`"), "results": results},
     "examples/minbert_multitask/README.md": {"minbert": lambda: _read("minbert.json", minbert)},
@@ -215,6 +220,9 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "machine_code": lambda: _read("aot.json", lambda found: kernel_tables.machine_code(found, rst_table)),
     },
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
+    "docs/paper.rst": {
+        name: functools.partial(_quality_table, render) for name, render in quality_tables.BLOCKS.items()
+    },
     "docs/measurements.rst": {
         "accuracy": lambda: _method_table("accuracy", method_tables.accuracy),
         "ranks": lambda: _method_table("accuracy", method_tables.ranks),

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from examples.minbert_multitask.tasks import TASKS
+
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 Found = Mapping[str, Any]
 NONE = "–"
@@ -75,7 +77,8 @@ def protocol(found: Found) -> str:
     names = ("epochs", "batch_size", "search_examples", "held_examples", "grid", "grow", "amp", "seed")
     shared = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in names if name in same)
     train, dev = settings["examples"][:2]
-    return f"MiniLM on SST-5, {train:,} sentences to train on, {dev:,} in dev; {shared}. {places(found)}."
+    title = TASKS[settings.get("task", "sst")].title
+    return f"MiniLM on {title}, {train:,} sentences to train on, {dev:,} in dev; {shared}. {places(found)}."
 
 
 def accuracy(found: Found, table: Table) -> str:

@@ -49,7 +49,7 @@ def vote(task: str, members: Sequence[Tensor]) -> Tensor:
 
 def shares_base(settings: Settings) -> bool:
     """Whether a run left the pretrained weights as they are, so that its network can use a BERT loaded for others."""
-    return settings.method not in ("full", "lisa") and settings.unfreeze == "none" and settings.backbones == 1
+    return settings.method not in ("full", "lisa") and settings.unfreeze == "none"
 
 
 def member_networks(runs: Sequence[str | Path], **changes: object) -> Iterator[tuple[MultitaskBert, Settings, Path]]:
