@@ -72,7 +72,7 @@ def test_rows_of_the_rank_claim(run) -> None:
 def test_goes_on_and_keeps_what_more_seeds_and_other_claims_brought(run, capsys, monkeypatch) -> None:
     output, command, found = run
     monkeypatch.setattr(rank_claim, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert quality.main([*command, "--claims", "B", "--seeds", "1"]) == 0
+    assert quality.main([*command, "--suite", "paper", "--claims", "B", "--seeds", "1"]) == 0
     assert "B/sts/lora-r8/seed0: finished before" in capsys.readouterr().out
     assert json.loads((output / "quality.json").read_text()) == found
     assert quality.main([*command, "--steps", "3"]) == 1
