@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 SMALL = 100_000  # elements of the output: below, starting a Triton kernel takes longer than torch's own launches
@@ -109,6 +110,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if _autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return _UNCHANGED
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether `tensor` holds numbers to look at; on the meta device, and as a fake tensor, it has none."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def check_linear_shapes(

@@ -31,7 +31,7 @@ class Launch:
 
 
 _observers: list[Callable[[Launch], None]] = []
-_recorded: list[tuple[str, list[Launch]]] = []  # the recordings that are on, innermost last
+_recorded: list[tuple[str, list[Launch] | None]] = []  # the recordings that are on, innermost last
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
@@ -55,7 +55,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
         for observer in _observers:
             observer(event)
         if _recorded:
-            _recorded[-1][1].append(event)
+            if (kept := _recorded[-1][1]) is not None:
+                kept.append(event)
             return
     kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
@@ -71,13 +72,15 @@ def observing(observer: Callable[[Launch], None]) -> Iterator[None]:
 
 
 @contextmanager
-def recording(arch: str) -> Iterator[list[Launch]]:
+def recording(arch: str, *, keep: bool = True) -> Iterator[list[Launch]]:
     """Start nothing; yield the list of what would have been launched on `arch`, such as ``"sm_90"`` or ``"gfx942"``.
+
+    Without `keep` the list stays empty, so that no tensor outlives its use: for estimates of memory.
 
     Operations answer with tensors that nobody has written. They take tensors of any device here, the meta device among them.
     """
     launches: list[Launch] = []
-    _recorded.append((arch, launches))
+    _recorded.append((arch, launches if keep else None))
     try:
         yield launches
     finally:

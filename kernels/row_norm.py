@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from peftlite.kernels.dispatch import without_autocast
+from peftlite.kernels.dispatch import has_values, without_autocast
 
 CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
 DEVICE_BLOCK = 1 << 24  # elsewhere a block bounds the memory, and each costs launches
@@ -40,10 +40,11 @@ class BaseSquare:
 
     def __call__(self, image: Tensor, weight: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
         """``‖W‖² (out,)`` in `acc`, and the share of it below which a sum counts as cancelled, for ``image = W p``."""
-        if self._kept is None or self._kept[0].dtype != acc or not torch.equal(self._kept[0], image):
+        kept = self._kept
+        if kept is None or kept[0].dtype != acc or (has_values(image) and not torch.equal(kept[0], image)):
             square = _base_square(weight, acc)
-            self._kept = image.clone(), square, square * CANCELLATION
-        return self._kept[1:]
+            kept = self._kept = image.clone(), square, square * CANCELLATION
+        return kept[1:]
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def row_norm(
             base, floor = base_square(cross[:, rank], weight, acc)
         cross = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale)
         square = (cross * b).sum(1).add_(base)  # in place the product would take twice as long: the rows are strided
-        if torch.equal(torch.maximum(square, floor), square):
+        if not has_values(square) or torch.equal(torch.maximum(square, floor), square):
             return square.sqrt_()
         few = (square < floor).nonzero().squeeze(1)  # a square below 0 is among them
         norm = square.sqrt_()

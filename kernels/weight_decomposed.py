@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
-from peftlite.kernels.dispatch import without_autocast
+from peftlite.kernels.dispatch import has_values, without_autocast
 from peftlite.kernels.lora_linear import lora_linear_reference
 from peftlite.kernels.low_rank import LoRAArguments, Needs, by_rank, low_rank_backward, low_rank_forward
 from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_norm
@@ -88,7 +88,7 @@ def weight_decomposed_forward(
             # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the
             # layer gives the very bits of the base layer, whose product adds the bias before it rounds.
             scale_columns(y, gain, None if bias is None else torch.addcmul(bias, gain, bias, value=-1))
-            if bias is not None and not y.is_meta and _exceeds(gain, LARGE_GAIN):  # on meta there are no values to look at
+            if bias is not None and _exceeds(gain, LARGE_GAIN):
                 large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
                 inner = _inner_columns(large, x, layer, part, keep)
                 y[:, large] = torch.addcmul(bias[large].to(gain.dtype), inner, gain[large]).to(y.dtype)
@@ -159,7 +159,7 @@ def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> T
     They are those where m is zero, so that `dm` is not finite, those where the product may have underflowed in fp16, and
     those where the bias has swamped it.
     """
-    lost = None if math.isfinite(dm.sum().item()) else ~dm.isfinite()
+    lost = None if not has_values(dm) or math.isfinite(dm.sum().item()) else ~dm.isfinite()
     if y.dtype == torch.float16 and _exceeds(1 / gain, 1 / SMALL_GAIN):
         small = gain.abs() < SMALL_GAIN
         lost = small if lost is None else lost | small
@@ -174,6 +174,8 @@ def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> T
 
 
 def _exceeds(values: Tensor, limit: float) -> bool:
-    """Whether a value is larger in size than `limit`, or is not a number."""
+    """Whether a value is larger in size than `limit`, or is not a number; False where there are no values."""
+    if not has_values(values):
+        return False
     low, high = values.aminmax()
     return not (-limit <= low.item() and high.item() <= limit)

@@ -3,6 +3,7 @@
 from peftlite._version import __version__ as __version__
 from peftlite.adapter import AdapterLinear as AdapterLinear
 from peftlite.analysis import benchmark_step as benchmark_step
+from peftlite.analysis import estimate_memory as estimate_memory
 from peftlite.analysis import intruder_report as intruder_report
 from peftlite.analysis import scale_intruders as scale_intruders
 from peftlite.analysis import summary as summary

@@ -33,6 +33,11 @@ BESIDE = {
     ("analysis.intervention", "analysis.intruders"),
     ("analysis.step", "analysis.meters"),
     ("analysis.step", "selection"),
+    ("analysis.memory", "analysis.meters"),
+    ("analysis.memory", "analysis.step"),
+    ("analysis.memory", "analysis.timeline"),
+    ("analysis.timeline", "analysis.meters"),
+    ("analysis.timeline", "analysis.step"),
 }
 
 

@@ -2,7 +2,7 @@
 
 They count what a computation does, not how long it takes, so the same code gives the same figures on any machine, busy
 or idle. All of them watch the ATen operations below autograd, and so see inside a `torch.autograd.Function`. An
-operation registered with `torch.library` is one opaque node at that level; `_OpenCustomOps` opens it, so that its body
+operation registered with `torch.library` is one opaque node at that level; `OpenCustomOps` opens it, so that its body
 counts too. Out of sight stay kernels launched past ATen (Triton), scratch memory inside a single ATen operation, and
 tensors that a function hides from autograd by setting them as attributes of its context.
 """
@@ -23,16 +23,38 @@ _BACKENDS = ("CPU", "CUDA", "CompositeExplicitAutograd")
 _MATMUL_LIKE = re.compile(r"(mm|mv|dot)_?$|attention|linear|convolution")
 
 
-class _OpenCustomOps(TorchDispatchMode):
-    """Runs the body of an operation registered with `torch.library` under the modes that were active around it."""
+def _is_packed(*arguments: Any) -> bool:
+    """Whether there is a tensor among them that is made of others; its own storage is a sham.
+
+    A mode that leaves an operation on such a tensor to it then sees those that the tensor makes of it.
+    """
+    return any(isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf) for leaf in tree_leaves(arguments))
+
+
+class OpenCustomOps(TorchDispatchMode):
+    """Runs the body of an operation registered with `torch.library` under the modes that were active around it.
+
+    Args:
+        namespace: open those of this namespace alone; by default all.
+    """
+
+    def __init__(self, namespace: str | None = None) -> None:
+        super().__init__()
+        self._namespace = namespace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in ("aten", "prims", "prim"):
+        if _is_packed(args, kwargs):
+            return NotImplemented
+        if func.namespace == "prim":  # a fake tensor asked for its device, for one
+            return func(*args, **kwargs)
+        if func.namespace in ("aten", "prims"):
             # Below autograd, as in a custom operation's body, `matmul` and its like arrive before they are taken apart.
             with self:
                 parts = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if parts is NotImplemented else parts
+        if self._namespace not in (None, func.namespace):
+            return func(*args, **kwargs)
         devices = {leaf.device.type.upper() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for backend in _BACKENDS:
             key = getattr(torch._C.DispatchKey, backend)
@@ -108,7 +130,7 @@ def flops(function: Callable[[], object]) -> int:
 
     extra = _extra_formulas()
     counter = FlopCounterMode(display=False, custom_mapping=extra)
-    with counter, _RefuseUncounted([*flop_registry, *extra]), _OpenCustomOps():
+    with counter, _RefuseUncounted([*flop_registry, *extra]), OpenCustomOps():
         function()
     return counter.get_total_flops()
 
@@ -123,7 +145,7 @@ def count_operations(function: Callable[[], object]) -> Counter[str]:
                 counts[str(func._overloadpacket)] += 1
             return func(*args, **(kwargs or {}))
 
-    with Count(), _OpenCustomOps():
+    with Count(), OpenCustomOps():
         function()
     return counts
 
@@ -154,7 +176,7 @@ def saved_for_backward(function: Callable[[], object], *, exclude: Iterable[nn.M
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        for part in _plain_parts(tensor):
+        for part in plain_parts(tensor):
             storage = part.untyped_storage()
             if storage._cdata not in there:
                 saved[storage._cdata] = storage
@@ -165,15 +187,15 @@ def saved_for_backward(function: Callable[[], object], *, exclude: Iterable[nn.M
     return Saved(sum(storage.nbytes() for storage in saved.values()), len(saved))
 
 
-def _plain_parts(tensor: Tensor) -> list[Tensor]:
+def plain_parts(tensor: Tensor) -> list[Tensor]:
     """The tensors that hold the numbers of `tensor`: itself, or what a packed one is made of, whose own storage is a sham."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
-class _LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):
     """Follows the storages that operations create, from creation to the end of their last reference."""
 
     def __init__(self) -> None:
@@ -189,6 +211,8 @@ class _LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if _is_packed(args, kwargs):
+            return NotImplemented
         given = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         known = {storage._cdata for storage in given}
@@ -230,7 +254,7 @@ def transient_bytes(function: Callable[[], object]) -> Transient:
 
     What `function` returns counts as kept, with everything that its graph saved.
     """
-    with _LiveStorages() as live, _OpenCustomOps():
+    with LiveStorages() as live, OpenCustomOps():
         result = function()
         figures = Transient(live.peak, live.current)
     del result

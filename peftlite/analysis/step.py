@@ -4,6 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,7 @@ def benchmark_step(
     candidates: Iterable[str] | Mapping[str, Builder] = ("frozen", "full", "lora", "dora", "paca"),
     loss: Callable[[Any], Tensor] | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
+    autocast: torch.dtype | None = None,
     rounds: int = 10,
     warmup: int = 3,
 ) -> StepReport:
@@ -118,6 +120,7 @@ def benchmark_step(
             `METHODS`. Or a mapping from names of your own to functions that prepare a copy of the model for training.
         loss: from the model's output to a scalar; by default the mean of squares of an output that is a tensor.
         optimizer: makes the optimizer from the list of parameters that train.
+        autocast: the dtype to which the forward pass autocasts; by default none.
         rounds: steps that are timed.
         warmup: steps before them.
 
@@ -137,18 +140,18 @@ def benchmark_step(
     builders = dict(candidates) if isinstance(candidates, Mapping) else {n: _builder(n, targets, rank) for n in candidates}
     if top is not None:
         builders[f"lora, top {top}"] = lambda model: inject_adapters(model, top_layers(model, targets, top), rank)
-    device = _device(model, batch)
+    device = device_of(model, batch)
     costs = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for name, build in builders.items():
             before = _allocated(device)
-            step = _Step(build(copy.deepcopy(model)).train(), batch, loss or _mean_square, optimizer, device)
+            step = Step(build(copy.deepcopy(model)).train(), batch, loss or mean_square, optimizer, device, autocast)
             costs.append(step.measure(name, rounds, warmup, before))
             del step
     return StepReport(tuple(costs), str(device))
 
 
-class _Step:
+class Step:
     """One step of one candidate, phase by phase."""
 
     def __init__(
@@ -158,19 +161,22 @@ class _Step:
         loss: Callable[[Any], Tensor],
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         device: torch.device,
+        autocast: torch.dtype | None = None,
     ) -> None:
-        self.model, self.batch, self.loss, self.device = model, batch, loss, device
+        self.model, self.batch, self.loss, self.device, self.autocast = model, batch, loss, device, autocast
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer(self.trained) if self.trained else None
         self.phases = PHASES if self.trained else PHASES[:1]
         self.value = torch.empty(0)
 
     def forward(self) -> None:
-        if isinstance(self.batch, Mapping):
-            output = self.model(**self.batch)
-        else:
-            output = self.model(*(self.batch if isinstance(self.batch, tuple) else (self.batch,)))
-        self.value = self.loss(output)
+        mixed = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        with mixed:
+            if isinstance(self.batch, Mapping):
+                output = self.model(**self.batch)
+            else:
+                output = self.model(*(self.batch if isinstance(self.batch, tuple) else (self.batch,)))
+            self.value = self.loss(output)
         if not isinstance(self.value, Tensor) or self.value.numel() != 1:
             raise ValueError(f"loss must give a tensor with one element, got {self.value!r}.")
 
@@ -245,13 +251,13 @@ def _builder(name: str, targets: Targets, rank: int) -> Builder:
     return lambda model: inject_adapters(model, targets, rank, method=name, seed=0)
 
 
-def _mean_square(output: Any) -> Tensor:
+def mean_square(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"the model returns {type(output).__name__}, so give `loss`, a function from that to a scalar.")
     return output.float().square().mean()
 
 
-def _device(model: nn.Module, batch: Batch) -> torch.device:
+def device_of(model: nn.Module, batch: Batch) -> torch.device:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
     for tensor in (*values, *model.parameters()):
         if isinstance(tensor, Tensor):

@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 # Normalised quantiles of N(0, 1), eight above zero and seven below, with an exact zero (Dettmers et al. 2023,
 # arXiv:2305.14314, appendix E); `tests/test_quantization.py` derives them.
@@ -42,6 +43,7 @@ _TABLES = {"nf4": lambda: torch.tensor(NF4), "int8": _int8, "dynamic": _dynamic,
 
 @functools.cache
 @torch.inference_mode(False)
+@unset_fake_temporarily()
 def levels(code: str, device: torch.device | str = "cpu") -> Tensor:
     """The levels of `code` in fp32, ascending: 16 for ``"nf4"``, up to 256 for the others.
 
@@ -55,6 +57,7 @@ def levels(code: str, device: torch.device | str = "cpu") -> Tensor:
 
 @functools.cache
 @torch.inference_mode(False)
+@unset_fake_temporarily()
 def decoding_table(code: str, device: torch.device | str = "cpu") -> Tensor:
     """What a byte stands for: ``(256, 2)`` for a code of 4 bits, the high half first; ``(levels, 1)`` for one of 8 bits."""
     table = levels(code, "cpu")
@@ -66,6 +69,7 @@ def decoding_table(code: str, device: torch.device | str = "cpu") -> Tensor:
 
 @functools.cache
 @torch.inference_mode(False)
+@unset_fake_temporarily()
 def _thresholds(code: str, device: torch.device | str) -> Tensor:
     table = levels(code, "cpu").double()
     return ((table[:-1] + table[1:]) / 2).float().to(device)
