@@ -13,6 +13,7 @@ per column, which is no stream. gfx942 is for information. The exit status is 1 
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,13 +27,13 @@ from tqdm import tqdm
 
 from benchmarks.harness import RESULTS, machine, write_result
 from benchmarks.launches import Record, Variant, record
-from benchmarks.machine_code import ARCHITECTURES, REGISTER_FILE, Job, compile_job, specialise
+from benchmarks.machine_code import ARCHITECTURES, REGISTER_FILE, Job, compile_job, count_instructions, specialise
 from benchmarks.tables import aot_table
 
 VALUE_PER_COLUMN = ("_finish_columns_kernel",)  # reads vectors of 16-bit numbers, one per column, beside its streams
 # They must use Hopper's own tensor cores in bf16.
 HOPPER = ("_row_norm_kernel", "_row_norm_grouped_kernel", "_row_shrink_kernel", "_col_shrink_kernel")
-WRITE_EVERY = 25  # compilations between two writings of the result file
+BATCH = 16  # compilations that are disassembled together, and written together
 
 
 class Planned(NamedTuple):
@@ -107,12 +108,26 @@ def failures(entry: dict[str, Any]) -> list[str]:
 _planned: list[Planned] = []  # set before the workers are forked, since kernels cannot be pickled
 
 
-def _compile(index: int) -> dict[str, Any]:
-    planned = _planned[index]
-    try:
-        return describe(planned) | compile_job(planned.job)
-    except Exception as error:  # a failed compilation is a finding, and the others should still be made
-        return describe(planned) | {"error": f"{type(error).__name__}: {error}"[:400]}
+def _compile(batch: Sequence[int]) -> list[dict[str, Any]]:
+    """The entries of a batch, which is for one architecture."""
+    entries, codes = [], []
+    for index in batch:
+        planned = _planned[index]
+        try:
+            figures, code = compile_job(planned.job)
+        except Exception as error:  # a failed compilation is a finding, and the others should still be made
+            figures, code = {"error": f"{type(error).__name__}: {error}"[:400]}, b""
+        entries.append(describe(planned) | figures)
+        codes.append(code)
+    counts = count_instructions(_planned[batch[0]].job.architecture, codes)
+    return [entry if "error" in entry else entry | found for entry, found in zip(entries, counts, strict=True)]
+
+
+def _batches() -> list[list[int]]:
+    """The indices of `_planned`, a few of one architecture at a time."""
+    by_architecture = itertools.groupby(range(len(_planned)), key=lambda index: _planned[index].job.architecture)
+    whole = [list(indices) for _, indices in by_architecture]
+    return [indices[start : start + BATCH] for indices in whole for start in range(0, len(indices), BATCH)]
 
 
 def read_finished(path: Path) -> dict[str, dict[str, Any]]:
@@ -141,17 +156,19 @@ def compile_all(planned: Sequence[Planned], *, path: Path, fresh: bool, workers:
     facts = machine() | {"triton": triton.__version__}
 
     def write() -> None:
-        write_result(path, {"suite": "aot", "machine": facts, "variants": {k: entries[k] for k in wanted if k in entries}})
+        variants = {key: entries[key] for key in wanted if key in entries}
+        failed = sum(len(failures(entry)) for entry in variants.values())
+        write_result(path, {"suite": "aot", "machine": facts, "failed": failed, "variants": variants})
 
     with tqdm(total=len(planned), initial=len(entries), unit="variant", desc="compile") as bar:
         if _planned:
             with multiprocessing.get_context("fork").Pool(workers) as pool:
-                for done, entry in enumerate(pool.imap(_compile, range(len(_planned))), start=1):
-                    entries[_planned[done - 1].job.identity] = entry
-                    bar.update()
-                    if done % WRITE_EVERY == 0:
-                        write()
-    write()
+                batches = _batches()
+                for batch, made in zip(batches, pool.imap(_compile, batches), strict=True):
+                    entries |= {_planned[index].job.identity: entry for index, entry in zip(batch, made, strict=True)}
+                    bar.update(len(made))
+                    write()
+    write()  # all may have been finished before
     return entries
 
 

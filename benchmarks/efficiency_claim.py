@@ -125,15 +125,15 @@ class TaskStep(TrainingStep):
         return total
 
 
-def pick(data: TaskData, batch_size: int, count: int) -> tuple[list[list[int]], list[int], int]:
-    """Of an epoch's batches `count` whose lengths are evenly spaced by rank, the longest, and how many there are."""
+def pick(data: TaskData, batch_size: int, count: int) -> tuple[list[list[int]], int]:
+    """Of an epoch's batches `count` whose lengths are evenly spaced by rank, the longest last; and how many there are."""
 
     def length(index: list[int]) -> int:
         sides = [data.first] if data.second is None else [data.first, data.second]
         return max(len(side[i]) for side in sides for i in index)
 
     order = sorted(batches(data, batch_size, seed=0, epoch=0), key=length)
-    return [order[int((k + 0.5) * len(order) / count)] for k in range(count)], order[-1], len(order)
+    return [order[int((k + 0.5) * len(order) / count)] for k in range(count)], len(order)
 
 
 def memory(step: TaskStep) -> dict[str, float]:
@@ -149,13 +149,13 @@ def memory(step: TaskStep) -> dict[str, float]:
 
 
 def measure(study: Study, task: str, names: Sequence[str], *, batch_size: int, rounds: int) -> dict[str, Any]:
-    """Check and meter the candidates `names` on the longest batch of an epoch, and time passes of them, `rounds` of them.
+    """Check and meter the candidates `names` on the longest of a pass's batches, and time `rounds` passes.
 
     Raises:
         RedGateError: an adapter computes something else than its specification.
     """
     data, every = study.splits(task).train, candidates()
-    chosen, longest, epoch = pick(data, batch_size, study.options.pass_batches)
+    chosen, epoch = pick(data, batch_size, study.options.pass_batches)
     limit = study.settings(task).max_length
     passed = [collate(data, index, max_length=limit) for index in chosen]
     checks, figures, steps = [], {}, {}
@@ -169,7 +169,7 @@ def measure(study: Study, task: str, names: Sequence[str], *, batch_size: int, r
         checks += check_adapters(name, peftlite.adapters(network.backbones), dtype=dtype, autocast=context, seed=0)
         optimizer = candidate.recipe.optimizer(network, settings)
         step = steps[name] = TaskStep(network, optimizer, settings, task, passed)
-        step.take(collate(data, longest, max_length=limit))
+        step.take(passed[-1])
         figures[name] = meter(step) | memory(step)
         figures[name]["trained"] = parameter_counts(network, step.trained)["trained_backbone"]
     require_green(checks)
@@ -221,7 +221,7 @@ def score_cell(task: str, candidate: Candidate) -> str:
 
 
 def jobs(study: Study) -> list[Job]:
-    """The costs, which want a quiet machine, and then the trainings for the dev scores, those under autocast first."""
+    """The costs, which want a quiet machine, then the trainings for the dev scores: in bf16 first, and all-linear first."""
     every = candidates()
     found = [
         _cost_job(study, key("A", task, "cost"), task, list(every), study.options.batch_size, study.options.rounds)
@@ -230,7 +230,7 @@ def jobs(study: Study) -> list[Job]:
     found.append(_cost_job(study, key("A", "sst", "memory"), "sst", IN_MEMORY, study.options.memory_batch, 0))
     rank_recipes = {recipe.name: recipe for recipe in recipes((RANK,))}
     found += [search_job(study, task, recipe) for task in TASKS for recipe in rank_recipes.values()]
-    for candidate in sorted(every.values(), key=lambda candidate: candidate.amp == "off"):
+    for candidate in sorted(every.values(), key=lambda each: (each.amp == "off", "attn" in each.name)):
         for task in TASKS:
             cell = score_cell(task, candidate)
             recipe = rank_recipes[cell.split("/")[2]] if cell.startswith("B/") else candidate.recipe

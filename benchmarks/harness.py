@@ -136,6 +136,12 @@ def _cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
+def moment() -> dict[str, Any]:
+    """The facts that pass: the date, and how busy the machine is."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": now, "load_average": round(os.getloadavg()[0], 2)}
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Facts that a figure needs beside it: hardware, versions, commit, and how busy the machine was at the start."""
     facts: dict[str, Any] = {
@@ -146,8 +152,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **_source(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load_average": round(os.getloadavg()[0], 2),
+        **moment(),
     }
     if torch.device(device).type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -4,12 +4,15 @@ A launch is specialised by the very binder that Triton runs before a real launch
 by 16, aligned pointers), so that what is judged here is what a GPU of that architecture would run.
 """
 
+import bisect
 import hashlib
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,11 +129,11 @@ def specialise(
     return Job(kernel, architecture, signature, constexprs, attributes, dict(options))
 
 
-def compile_job(job: Job) -> dict[str, Any]:
-    """Compile `job`; its figures: registers, bytes of shared, stack and local memory, counts of instructions.
+def compile_job(job: Job) -> tuple[dict[str, Any], bytes]:
+    """Compile `job`; its figures, and for NVIDIA the machine code, of which `count_instructions` knows the others.
 
-    Those of `_SASS`, ``sqrt`` and ``div`` as sorted lists of the floating-point PTX forms that occur, and ``dots``, the
-    number of products in Triton's intermediate form.
+    Registers, bytes of shared, stack and local memory, ``sqrt`` and ``div`` as sorted lists of the floating-point PTX forms
+    that occur, and ``dots``, the number of products in Triton's intermediate form.
     """
     architecture = ARCHITECTURES[job.architecture]
     source = ASTSource(
@@ -142,9 +145,33 @@ def compile_job(job: Job) -> dict[str, Any]:
         "threads": compiled.metadata.num_warps * architecture.target.warp_size,
         "dots": len(re.findall(r"= tt\.dot\b", compiled.asm["ttir"])),
     }
-    if architecture.target.backend == "cuda":
-        return figures | _read_cubin(compiled.asm["cubin"]) | _read_ptx(compiled.asm["ptx"])
-    return figures | _read_gcn(compiled.asm["amdgcn"])
+    if architecture.target.backend != "cuda":
+        return figures | _read_gcn(compiled.asm["amdgcn"]), b""
+    cubin = compiled.asm["cubin"]
+    return figures | _read_usage(cubin) | _read_ptx(compiled.asm["ptx"]), _machine_code(cubin)
+
+
+def count_instructions(architecture: str, codes: Sequence[bytes]) -> list[dict[str, int]]:
+    """How many instructions of each kind in `_SASS` each of `codes` holds, and its spills, the stores to local memory.
+
+    All are disassembled as one, since the disassembler takes longer to start than to read a kernel. Nothing for gfx, whose
+    assembly the compiler writes itself.
+    """
+    target = ARCHITECTURES[architecture].target
+    if target.backend != "cuda":
+        return [{} for _ in codes]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        name = f"SM{target.arch}{'a' if target.arch >= 90 else ''}"  # as Triton compiles for them
+        sass = _tool("nvdisasm", "--binary", name, file.name) if any(codes) else ""
+    mnemonics: list[Counter[str]] = [Counter() for _ in codes]
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    # A line is "/*0a40*/  @!P0 LDG.E.128 R4, desc[...] ;": the mnemonic stands after an optional predicate.
+    for address, mnemonic in re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE):
+        mnemonics[bisect.bisect_right(ends, int(address, 16))][mnemonic] += 1
+    counts = [_count(_SASS, found) for found in mnemonics]
+    return [found | {"spills": found["local_stores"]} for found in counts]
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -152,26 +179,35 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _count(patterns: Mapping[str, str], text: str, mnemonic: str) -> dict[str, int]:
-    counts = Counter(re.findall(mnemonic, text, re.MULTILINE))
+def _count(patterns: Mapping[str, str], mnemonics: Mapping[str, int]) -> dict[str, int]:
     return {
-        name: sum(count for instruction, count in counts.items() if re.fullmatch(pattern, instruction))
+        name: sum(count for mnemonic, count in mnemonics.items() if re.fullmatch(pattern, mnemonic))
         for name, pattern in patterns.items()
     }
 
 
-def _read_cubin(cubin: bytes) -> dict[str, Any]:
+def _read_usage(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = _tool("cuobjdump", "-res-usage", file.name), _tool("cuobjdump", "-sass", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage says nothing of registers; its form changed? It said:\n{usage}")
     registers, stack, local = map(int, found.groups())
-    # A line is "/*0a40*/  @!P0 LDG.E.128 R4, desc[...] ;": the mnemonic stands after an optional predicate.
-    counts = _count(_SASS, sass, r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-    return {"registers": registers, "stack": stack, "local": local, "spills": counts["local_stores"], **counts}
+    return {"registers": registers, "stack": stack, "local": local}
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in `cubin`: the section ``.text.<kernel>`` of an ELF64 file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    count, names_index = struct.unpack_from("<HH", cubin, 60)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * index) for index in range(count)]
+    names = sections[names_index][4]
+    found = [cubin[at : at + size] for name, _, _, _, at, size in sections if cubin.startswith(b".text.", names + name)]
+    if len(found) != 1:
+        raise RuntimeError(f"a compiled kernel must have one section of instructions, found {len(found)}")
+    return found[0]
 
 
 def _read_ptx(ptx: str) -> dict[str, Any]:
@@ -191,7 +227,7 @@ def _read_gcn(text: str) -> dict[str, Any]:
         "stack": private,
         "local": private,
         "spills": fact("vgpr_spill_count") + fact("sgpr_spill_count"),
-        **_count(_GCN, text, r"^\s+([a-z][a-z0-9_]*)"),
+        **_count(_GCN, Counter(re.findall(r"^\s+([a-z][a-z0-9_]*)", text, re.MULTILINE))),
         "sqrt": [],
         "div": [],
     }

@@ -200,7 +200,7 @@ def cells(*, small: bool, device: str, threads: int) -> Iterator[MemorySettings]
     for model in SMALL if small else SIZES:
         for method in METHODS:
             for amp in (False, True):
-                for dropout in (0.0, 0.1):
+                for dropout in (0.1,) if small else (0.0, 0.1):
                     yield MemorySettings(model, method, dropout, amp, rows, length, device=device, threads=threads)
 
 

@@ -17,15 +17,16 @@ class Protocol:
     """What all recipes share, and a figure depends on."""
 
     task: str = "sst"
-    epochs: int = 2
+    epochs: int = 1
     steps: int = 0  # optimizer steps, in place of the epochs where not 0
     batch_size: int = 32
-    search_examples: int = 1600
+    search_examples: int = 1000
     held_examples: int = 512
     train_examples: int = 0  # a fixed part of train, drawn at random; 0: all of it
     dev_examples: int = 0
     grid: int = 3  # learning rates tried at first
     grow: int = 2  # and at most so many more
+    descend: int = 2  # whole trainings at lower rates after the first, at most
     amp: str = "bf16"
     seed: int = 0
     threads: int = 1

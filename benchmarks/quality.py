@@ -23,7 +23,8 @@ from benchmarks.jobs import Job, collect, work
 from benchmarks.study import SMALL, SUITE, Options, Study
 
 RESULT = RESULTS / "quality.json"
-CLAIMS = {"B": rank_claim.jobs, "C": ensemble_claim.jobs, "A": efficiency_claim.jobs}
+NAMES = (SUITE, "paper")
+CLAIMS = {"A": efficiency_claim.jobs, "B": rank_claim.jobs, "C": ensemble_claim.jobs}
 
 
 def _claims(text: str) -> list[str]:
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line; a field of `Options` that is not given is left out of the namespace."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.quality", description="The paper's claims on real data.")
     add = options.add_argument
+    add("--suite", choices=NAMES, default=SUITE, help="this suite, by either of its names")
     add("--claims", type=_claims, default=list(CLAIMS), metavar="NAME,...", help=f"of {','.join(CLAIMS)} (default: all)")
     add("--data", default="sample", help="folder with the files of SST, Quora and STS, or the example's 'sample' (default)")
     add("--seeds", type=_count, help="trainings for each recipe of claim B (default: 3; 2 with --small)")
@@ -87,6 +89,7 @@ def finished_keys(study: Study, planned: Sequence[Job]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite; the exit status."""
     given = vars(parser().parse_args(arguments))
+    del given["suite"]
     claims, fresh, small = given.pop("claims"), given.pop("fresh"), given.pop("small")
     output = given.pop("output") or Path("runs/quality-small" if small else "runs/quality")
     result = given.pop("result") or (output / "quality.json" if small else RESULT)

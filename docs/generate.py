@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import peftlite
-from docs import method_tables, quality_tables, step_tables
+from docs import kernel_tables, method_tables, quality_tables, step_tables, suite_tables
 from docs.invariants import coverage, marked_tests
 from docs.invariants import sections as invariant_sections
 
@@ -211,11 +211,17 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "examples/minbert_multitask/README.md": {"minbert": lambda: _read("minbert.json", minbert)},
     "docs/steps.rst": {
         "claims": lambda: step_tables.claims(step_results(), rst_table),
+        "parity": lambda: _read("peers.json", lambda found: suite_tables.parity(found, rst_table)),
+        "kernels": lambda: _read("kernels.json", lambda found: suite_tables.kernels(found, rst_table)),
         "layers": lambda: _read("layer.json", lambda found: step_tables.layers(found["cells"], rst_table, "``")),
         "cells": lambda: _read("steps.json", lambda found: step_tables.cells(found["cells"], rst_table, "``")),
     },
+    "docs/memory.rst": {"memory": lambda: _read("memory.json", lambda found: suite_tables.memory(found, rst_table))},
     "docs/choosing_a_method.rst": {"choices": choices},
     "docs/invariants.rst": {"invariants": invariants},
+    "docs/kernels.rst": {
+        "machine_code": lambda: _read("aot.json", lambda found: kernel_tables.machine_code(found, rst_table)),
+    },
     "docs/methods.rst": {"methods": lambda: methods(rst_table, "``"), "sections": sections},
     "docs/paper.rst": {
         name: functools.partial(_quality_table, render) for name, render in quality_tables.BLOCKS.items()

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.efficiency_claim import METHODS, TARGETS, candidates, effects, score_cell
 from benchmarks.ensemble_claim import OVERALL, VARIANTS
-from benchmarks.intervals import Interval
+from benchmarks.intervals import Interval, not_worse
 from benchmarks.rank_claim import MARGIN, Row, rows
 from benchmarks.study import TASKS
 from benchmarks.targets import PAPER, judge
@@ -119,7 +119,9 @@ def ensembles(found: Found, table: Table) -> str:
             f"{each['adapters']}, heads {each['heads']}), together {size(held['shared'])}, which is "
             f"{held['shared'] / held['full']:.2f} of the {size(held['full'])} of as many full models."
         )
-        parts.append(f"{note}\n\n{table(['', *map(title, TASKS), OVERALL], body)}\n\n{cost}")
+        above = [f"the {over}: {not_worse(Interval(*gains[OVERALL]), 0.0)}" for over, gains in figures["gains"].items()]
+        verdict = f"Overall the ensemble is above {', above '.join(above)}."
+        parts.append(f"{note}\n\n{table(['', *map(title, TASKS), OVERALL], body)}\n\n{verdict} {cost}")
     if not parts:
         return NO_RESULT
     note = (
@@ -151,8 +153,8 @@ def efficiency(found: Found, table: Table) -> str:
     parts.append(f"Each effect alone, as ratios of paired passes (20..80 %).\n\n{_effects(costs, table)}")
     note = (
         "Peak is what weights, gradients, optimizer and activations hold at once; saved is what autograd keeps for backward; "
-        "both on the epoch's longest batch. Scores are of one seed, at the learning rates that claim B's searches found under "
-        "autocast, and after as many steps as there."
+        "both on the longest of the pass's batches. Scores are of one seed, at the learning rates that claim B's searches "
+        "found under autocast, and after as many steps as there."
     )
     return "\n\n".join([f"{note} {caption(costs)}", *parts, " ".join(faster(costs))])
 

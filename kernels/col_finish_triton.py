@@ -288,7 +288,7 @@ def finish_factors(parts: Tensor, factors: Sequence[Tensor], scales: Sequence[fl
     group, splits, widest, rank = parts.shape
     shared = len(factors) // group
     columns = [f.shape[1 if by_rank else 0] for f in factors]
-    tile = _tile(parts, rank // shared, arch, ("BLOCK_C", "BLOCK_R", "num_warps", "num_stages"))
+    tile = _tile("col_finish_factors", parts, rank // shared, arch)
     launch(
         _finish_factors_kernel,
         (triton.cdiv(max(columns), tile["BLOCK_C"]), triton.cdiv(rank // shared, tile["BLOCK_R"]), len(factors)),
@@ -328,7 +328,7 @@ def finish_columns(
     columns = [x.shape[1] for x in xs]
     like, unused = xs[0], [sums]
     m = magnitudes
-    tile = _tile(parts, rank, arch)
+    tile = _tile("col_finish", parts, rank, arch)
     launch(
         _finish_columns_kernel,
         (triton.cdiv(widest, tile["BLOCK_C"]), max(1, triton.cdiv(rank, tile["BLOCK_R"])), group),
@@ -369,7 +369,6 @@ def finish_columns(
     )
 
 
-def _tile(parts: Tensor, rank: int, arch: str, keys: Sequence[str] | None = None) -> dict[str, int]:
+def _tile(kernel: str, parts: Tensor, rank: int, arch: str) -> dict[str, int]:
     splits, widest = parts.shape[1:3]
-    tile = config("col_finish", arch=arch, dtype=torch.float32, rank=rank, columns=widest, rows=splits)
-    return {key: value for key, value in tile.items() if keys is None or key in keys}
+    return config(kernel, arch=arch, dtype=torch.float32, rank=rank, columns=widest, rows=splits)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlite.kernels.dispatch import has_values
+
 BUILT_IN = Path(__file__).with_name("configs.json")
 VARIABLE = "PEFTLITE_CONFIGS"
 BOUNDS = ("rank", "columns", "rows")
@@ -31,7 +33,7 @@ def config(kernel: str, *, arch: str, dtype: torch.dtype, rank: int, columns: in
     """Tile sizes, ``num_warps`` and ``num_stages`` for one launch.
 
     Args:
-        kernel: name in the table, that of the file without ``_triton.py``.
+        kernel: name in the table: that of the file without ``_triton.py``, and what the kernel does where a file has two.
         arch: as `launch_triton.architecture` names it.
         dtype: of the matrix that the kernel streams.
         rank: padded rank.
@@ -51,9 +53,13 @@ def fitted(tile: dict[str, int], streams: Sequence[Tensor], **most: int) -> dict
 
     There elements are loaded one by one, and each load keeps an address in registers: larger tiles would spill.
     """
-    if all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in streams):
+    if all(t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and _starts_on_a_border(t) for t in streams):
         return tile
     return tile | {name: min(tile[name], size) for name, size in most.items()}
+
+
+def _starts_on_a_border(tensor: Tensor) -> bool:
+    return not has_values(tensor) or tensor.data_ptr() % 16 == 0  # allocators keep to such borders
 
 
 def kernels() -> list[str]:

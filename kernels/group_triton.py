@@ -69,9 +69,9 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0]
     if len(parts) == 1:
         return first
-    storage, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
+    storage, start, size = first.untyped_storage()._cdata, first.storage_offset(), first.numel()
     follow = all(
-        part.untyped_storage().data_ptr() == storage and part.storage_offset() == start + k * size
+        part.untyped_storage()._cdata == storage and part.storage_offset() == start + k * size
         for k, part in enumerate(parts)
     )
     if follow:

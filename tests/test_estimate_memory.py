@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peftlite
 from peftlite import METHODS, benchmark_step, estimate_memory, inject_adapters, quantize_base
@@ -99,6 +100,24 @@ def test_an_optimizer_and_a_loss_of_ones_own():
 @pytest.mark.parametrize("batch", [{"input": torch.randn(4, 5)}, (torch.randn(4, 5),)], ids=["mapping", "tuple"])
 def test_batches_of_several_forms(batch):
     assert estimate_memory(nn.Linear(5, 6), batch) == estimate_memory(nn.Linear(5, 6), torch.randn(4, 5))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.inner[:3], self.inner[3:]):
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def test_gradient_checkpointing_is_followed():
+    net, x = model(), torch.randn(64, 32)
+    estimate = estimate_memory(Checkpointed(net), x)
+    assert estimate.total - estimate.batch == measured(Checkpointed(net), x)
+    assert estimate.saved < estimate_memory(net, x).saved
 
 
 def test_a_model_that_does_not_train_has_a_forward_pass_alone():

@@ -109,6 +109,15 @@ def test_a_packed_matrix_counts_with_what_holds_it():
     assert saved_for_backward(run, exclude=[model]) == Saved(0, 0)
 
 
+def test_transient_bytes_of_a_packed_matrix_are_those_of_what_it_makes_dense():
+    model = quantize_base(nn.Sequential(nn.Linear(64, 32)), "0")
+    x = torch.randn(4, 64)
+    model(x)  # the table of levels is made once
+    figures = transient_bytes(lambda: model(x))
+    assert figures.kept == 4 * 4 * 32  # the output: the dense matrix is gone
+    assert figures.peak >= figures.kept + 4 * 32 * 64
+
+
 def test_a_storage_saved_by_producer_and_consumer_counts_once():
     x, weight = torch.randn(4, 5, requires_grad=True), torch.randn(7, 6, requires_grad=True)
 

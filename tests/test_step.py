@@ -104,6 +104,22 @@ def test_candidates_losses_and_batches_of_ones_own() -> None:
     assert sgd.resident_mib < cost.resident_mib
 
 
+def test_autocast_reaches_the_forward_pass() -> None:
+    seen = []
+
+    def loss(out: Tensor) -> Tensor:
+        seen.append(out.dtype)
+        return out.float().sum()
+
+    options: dict[str, Any] = {"candidates": ["full"], "loss": loss, "rounds": 1, "warmup": 1}
+    wide = benchmark_step(toy(), torch.randn(32, 64), **options)["full"]
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    narrow = benchmark_step(toy(), torch.randn(32, 64), **options, autocast=torch.bfloat16)["full"]
+    assert set(seen) == {torch.bfloat16}
+    assert narrow.operations["forward"] > wide.operations["forward"]  # the casts
+
+
 def test_errors() -> None:
     x = torch.randn(2, 64)
     with pytest.raises(ValueError, match=r"unknown candidate 'loar'; there are frozen, full, lora, dora"):

@@ -47,7 +47,8 @@ def test_a_cell_holds_what_the_tables_need_and_no_folder(folder) -> None:
         figures = cell["figures"]
         assert figures["right"].count("1") == round(figures["dev"] * 12), name
         assert len(figures["right"]) == 12
-        assert figures["lr"] == min(figures["search"], key=lambda row: row["loss"])["lr"]
+        assert figures["trainings"][0]["lr"] == min(figures["search"], key=lambda row: row["loss"])["lr"]
+        assert figures["lr"] == min(figures["trainings"], key=lambda row: row["loss"])["lr"]
         assert figures["bytes"] == (output / f"{name}.safetensors").stat().st_size
     rows = {name: cell["figures"] for name, cell in found["cells"].items()}
     assert rows["linear-probe"]["trained"] == 0
@@ -60,6 +61,37 @@ def test_the_grid_grows_where_its_end_is_best(folder) -> None:
     _, _, found = folder
     for cell in found["cells"].values():  # one rate at first, which is both ends
         assert len(cell["figures"]["search"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "rates", "chosen"),
+    [
+        ({3e-3: 1.0, 1e-3: 1.2}, [3e-3, 1e-3], 3e-3),
+        ({3e-3: 1.5, 1e-3: 1.2, 1e-3 / 3: 1.3}, [3e-3, 1e-3, 1e-3 / 3], 1e-3),
+        ({3e-3: None, 1e-3: None, 1e-3 / 3: 1.3}, [3e-3, 1e-3, 1e-3 / 3], 1e-3 / 3),
+        ({3e-3: None, 1e-3: None, 1e-3 / 3: None}, [3e-3, 1e-3, 1e-3 / 3], None),
+    ],
+)
+def test_whole_trainings_go_down_to_the_rate_that_suits_them(losses, rates, chosen, monkeypatch, tmp_path) -> None:
+    def whole(recipe, settings, splits, file, *, quiet) -> dict:
+        loss = losses[min(losses, key=lambda rate: abs(rate - settings.lr))]
+        if loss is None:
+            raise FloatingPointError(f"the loss at {settings.lr:g} is nan")
+        file.write_text(f"{settings.lr:g}")
+        return {"loss": loss, "seconds": 1.0}
+
+    monkeypatch.setattr(accuracy, "search", lambda *_, **__: {"best": 3e-3, "tried": []})
+    monkeypatch.setattr(accuracy, "whole", whole)
+    arguments = (RECIPES["lora"], Protocol(), "sample", None, tmp_path)
+    if chosen is None:
+        with pytest.raises(FloatingPointError, match=r"0.003 is nan; .*0.001 is nan; .*0.000333"):
+            accuracy.measure(*arguments)
+        return
+    figures = accuracy.measure(*arguments)
+    assert figures["lr"] == pytest.approx(chosen)
+    assert [training["lr"] for training in figures["trainings"]] == pytest.approx(rates)
+    assert (tmp_path / "lora.safetensors").read_text() == f"{chosen:g}"
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
 def test_goes_on_where_it_was(folder, capsys, monkeypatch, tmp_path) -> None:
@@ -99,7 +131,7 @@ def test_search_and_judgement_see_disjoint_parts_of_train(tables, tiny_bert, tmp
     assert set(splits.search.ids) | set(splits.held.ids) <= set(splits.train.ids)
     place = splits.train.ids.index(splits.held.ids[3])
     assert (splits.held.first[3], splits.held.labels[3]) == (splits.train.first[place], splits.train.labels[place])
-    with pytest.raises(ValueError, match=r"train has 20 examples, the search needs 2112; lower --search-examples"):
+    with pytest.raises(ValueError, match=r"train has 20 examples, the search needs 1512; lower --search-examples"):
         load_splits(Protocol(weights=str(tiny_bert)), str(tables), tmp_path)
 
 

@@ -4,9 +4,10 @@ import re
 import pytest
 import torch
 from oracles import NAMES, make_case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftlite.kernels import dispatch
-from peftlite.kernels.dispatch import choose, compute_dtype, draw_keep_mask
+from peftlite.kernels.dispatch import choose, compute_dtype, draw_keep_mask, has_values
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
 
@@ -162,3 +163,16 @@ def test_shapes_can_be_had_on_the_meta_device(dora):
     tensors = make_case(5, 7, 3, 2, dora=dora, needs=()).tensors
     y = call(dora, **{name: None if t is None else t.to("meta") for name, t in tensors.items()})
     assert (y.device.type, y.shape) == ("meta", call(dora).shape)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_both_passes_run_on_fake_tensors(dora):
+    tensors = make_case(5, 7, 3, 2, dora=dora, needs=("x", "lora_a")).tensors
+    mode = FakeTensorMode()
+    fake = {name: None if t is None else mode.from_tensor(t) for name, t in tensors.items()}
+    assert has_values(tensors["x"])
+    assert not has_values(fake["x"])
+    assert not has_values(tensors["x"].to("meta"))
+    with mode:
+        call(dora, **fake).sum().backward()
+    assert fake["lora_a"].grad.shape == tensors["lora_a"].shape

@@ -5,9 +5,12 @@ import torch
 import triton
 import triton.language as tl
 from guarded import Guards
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftlite.kernels.dora_linear import dora_linears
 from peftlite.kernels.launch_triton import Launch, architecture, launch, observing, obstacle, recording
 from peftlite.kernels.numerics_triton import TL_DTYPES, dot, input_precision, rounded, widened
+from peftlite.kernels.weight_decomposed import DoRAArguments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -88,6 +91,23 @@ def test_observers_see_every_launch_and_recordings_run_none():
     assert launches == seen[:1] == [Launch(_round_kernel, (1,), (x, y, 3), {"DTYPE": tl.float32, "BLOCK": 4}, 2, 1)]
     assert launches[0].name == "_round_kernel"
     assert architecture(torch.device("cpu")) == "interpreter"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_kernels_make_their_tensors_for_an_estimate_and_start_nothing(count, dropout):
+    # As on a GPU, where `estimate_memory` follows the tensors of both passes.
+    def passes():
+        x = torch.ones(32, 64, requires_grad=True)
+        a, b, m = (torch.ones(shape, requires_grad=True) for shape in ((8, 64), (48, 8), (48,)))
+        layers = [DoRAArguments(torch.ones(48, 64), torch.ones(48), a, b, m, 1.0)] * count
+        sum(y.sum() for y in dora_linears(x, layers, dropout=dropout, impl="triton")).backward()
+        return x.grad.shape, a.grad.shape, b.grad.shape, m.grad.shape
+
+    with FakeTensorMode(), recording("sm_90", keep=False) as launches, observing(launches.append):
+        shapes = passes()
+    assert len({launch.name for launch in launches}) >= 4
+    assert shapes == passes()
 
 
 def test_what_stands_in_the_way_is_said():
