@@ -66,7 +66,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{inline(cell)}</th>" for cell in header)
     lines = []
     for row in rows:
-        marked = any(cell in ("no", "**no**") or "is ahead" in cell for cell in row)
+        marked = any(cell == "no" or cell.startswith("**no**") or "is ahead" in cell for cell in row)
         cells = (f"<td{' class=number' if NUMBER.fullmatch(cell) else ''}>{inline(cell)}</td>" for cell in row)
         lines.append(f"<tr{' class=marked' if marked else ''}>{''.join(cells)}</tr>")
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

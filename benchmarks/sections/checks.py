@@ -3,12 +3,15 @@
 from collections import Counter
 from typing import Any
 
-from benchmarks.page import Section, folded, picture, table
+from benchmarks.memory import LIMIT
+from benchmarks.memory import met as estimate_holds
+from benchmarks.page import Section, blocks, folded, picture, table
+from benchmarks.parity import JUDGED
+from benchmarks.parity import met as curves_agree
 from benchmarks.plots import quality as plots
 from benchmarks.sections.results import Results, cells, counted, where
+from docs import suite_tables
 
-MEMORY_LIMIT = 0.1  # what the suites themselves judge by
-JUDGED_STEPS = 50
 PARITY_CAPTIONS = {
     "judged": "Relative difference of the losses, step by step, in fp32; a difference of zero is drawn at the foot.",
     "bf16": "The same under bf16 autocast, which is reported and not judged.",
@@ -29,18 +32,10 @@ def memory(results: Results) -> Section:
         return Section("memory", title, claim, command)
     rows = {key: (cell["figures"]["estimate_mib"], cell["figures"]["measured_mib"]) for key, cell in found.items()}
     worst = max(max(abs(c["figures"]["error"]), abs(c["figures"]["added_error"])) for c in found.values())
-    inside = sum(max(abs(c["figures"]["error"]), abs(c["figures"]["added_error"])) < MEMORY_LIMIT for c in found.values())
-    header = ["cell", "estimate, MiB", "measured, MiB", "off by", "of what the step adds, off by", "within 10 %"]
-    listed = []
-    for key, cell in found.items():
-        figures = cell["figures"]
-        met = max(abs(figures["error"]), abs(figures["added_error"])) < MEMORY_LIMIT
-        listed.append(
-            [key, f"{figures['estimate_mib']:.1f}", f"{figures['measured_mib']:.1f}", f"{figures['error']:+.2%}",
-             f"{figures['added_error']:+.2%}", "yes" if met else "**no**"]
-        )  # fmt: skip
+    inside = sum(estimate_holds(cell["figures"]) for cell in found.values())
+    made = blocks(suite_tables.memory(results["memory"], table))
     caption = "Deviation of the whole peak; the table also has that of what the step adds to what is there between two steps."
-    parts = [picture(plots.estimates(rows, MEMORY_LIMIT), "memory", caption), folded("All figures", table(header, listed))]
+    parts = [picture(plots.estimates(rows, LIMIT), "memory", caption), folded("All figures", made)]
     outcome = f"{inside} of {counted(len(found), 'estimate')} within 10 %, the worst off by {worst:.1%}."
     caveat = "Bytes of tensors: what operations take inside themselves, and the allocator's fragments, are not in it."
     return Section("memory", title, claim, command, outcome, parts, caveat, where(found.values()))
@@ -55,26 +50,16 @@ def parity(results: Results) -> Section:
         return Section("parity", title, claim, command)
     judged = {key: cell["figures"] for key, cell in found.items() if cell["figures"]["limit"] is not None}
     others = {key: cell["figures"] for key, cell in found.items() if key not in judged}
-    steps = min(JUDGED_STEPS, *(len(cell["figures"]["deviation"]) for cell in found.values()))
+    steps = min(JUDGED, *(len(cell["figures"]["deviation"]) for cell in found.values()))
     limit = max((figures["limit"] for figures in judged.values()), default=0.0)
-    header = ["cell", "loss, first to last", f"largest deviation, first {steps} steps", "in all steps", "of a trained update",
-              "within the limit"]  # fmt: skip
-    listed = []
-    for key, cell in found.items():
-        figures, curve = cell["figures"], cell["figures"]["curves"]["ours"]
-        met = "not judged" if key in others else "yes" if figures["worst"] <= figures["limit"] else "**no**"
-        listed.append(
-            [key, f"{curve[0]:.4f} → {curve[-1]:.4f}", f"{figures['worst']:.1e}", f"{figures['worst_all']:.1e}",
-             f"{figures['update_deviation']:.1e}", met]
-        )  # fmt: skip
     parts = []
     for name, group in (("judged", judged), ("bf16", others)):
         if group:
             runs = {_short(key): figures["deviation"] for key, figures in group.items()}
             drawn = plots.deviations(runs, limit if group is judged else None, steps)
             parts.append(picture(drawn, f"parity-{name}", PARITY_CAPTIONS[name]))
-    parts.append(folded("All figures", table(header, listed)))
-    inside = sum(figures["worst"] <= figures["limit"] for figures in judged.values())
+    parts.append(folded("All figures", blocks(suite_tables.parity(results["peers"], table))))
+    inside = sum(map(curves_agree, judged.values()))
     worst = max((figures["worst"] for figures in judged.values()), default=0.0)
     outcome = (
         f"{inside} of {counted(len(judged), 'fp32 curve')} within {limit:.0e} of PEFT's over the first {steps} steps, the "

@@ -3,8 +3,9 @@
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.page import Section, table
+from benchmarks.page import Section, blocks, folded, table
 from benchmarks.sections.results import Results, counted
+from docs import kernel_tables
 from docs.method_tables import place
 
 
@@ -39,5 +40,7 @@ def machine_code(results: Results) -> Section:
     spills = f"{len(spilling)} with spills ({', '.join(sorted(set(spilling)))})" if spilling else "none with spills"
     failed = f"; {broken} do not compile" if broken else ""
     outcome = f"{counted(len(entries), 'variant')} compiled for {counted(len(groups), 'architecture')}, {spills}{failed}."
+    every = folded("Every kernel", blocks(kernel_tables.machine_code(results["aot"], table)))
+    parts = [table(header, rows), every]
     caveat = "Compiled and judged, not run: no time of a GPU follows from it. gfx942 is for information."
-    return Section("code", title, claim, command, outcome, [table(header, rows)], caveat, place(results["aot"]["machine"]))
+    return Section("code", title, claim, command, outcome, parts, caveat, place(results["aot"]["machine"]))

@@ -196,6 +196,7 @@ def memory() -> dict[str, Any]:
     found = {}
     for name, off in (("near", 0.01), ("far", 0.2)):
         figures = {"estimate_mib": 10 * (1 + off), "measured_mib": 10.0, "error": off, "added_error": off}
+        figures |= {"rss_growth_mib": None, "estimate_growth_mib": 1.0, "seconds": 1.0}
         found[name] = cell({}, figures)
     return {"suite": "memory", "cells": found}
 
