@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftlite.analysis.meters import _OpenCustomOps
+from peftlite.analysis.meters import OpenCustomOps
 
 # Overwrite their first argument without reading it.
 _OVERWRITES = {"copy_", "fill_", "zero_", "bernoulli_", "uniform_", "normal_", "random_"}
@@ -221,7 +221,7 @@ def _metered_interpreter(meter: _KernelMeter) -> Iterator[None]:
 def aten_traffic(function: Callable[[], object]) -> list[Transfer]:
     """The transfers of the ATen operations that `function()` dispatches, custom operations opened."""
     transfers: list[Transfer] = []
-    with _AtenMeter(transfers), _OpenCustomOps():
+    with _AtenMeter(transfers), OpenCustomOps():
         function()
     return transfers
 
@@ -238,6 +238,6 @@ def traffic(function: Callable[[], object], *, pointed_at: dict[str, Tensor] | N
     """
     transfers: list[Transfer] = []
     aten = _AtenMeter(transfers)
-    with _metered_interpreter(_KernelMeter(transfers, aten, pointed_at or {})), aten, _OpenCustomOps():
+    with _metered_interpreter(_KernelMeter(transfers, aten, pointed_at or {})), aten, OpenCustomOps():
         function()
     return transfers
