@@ -31,6 +31,7 @@ class Recipe:
         rank: rank of the adapters; where a method means something else by it, what gives it about LoRA's size.
         lr: usual learning rate, the middle of the grid; of the heads where nothing else trains.
         options: of the method, for `peftlite.inject_adapters`.
+        control: options of DyLoRA's controller.
         settings: of the example, where they differ from the protocol's.
         base: code in which the frozen base is held (``nf4``, ``int8``), or None.
         top: adapt the last layers alone, so many.
@@ -42,6 +43,7 @@ class Recipe:
     rank: int = RANK
     lr: float = 1e-3
     options: Mapping[str, Any] = field(default_factory=dict)
+    control: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
     top: int | None = None
@@ -63,6 +65,7 @@ class Recipe:
             "base": self.base,
             "top": self.top,
             "lora_plus_ratio": self.lora_plus_ratio,
+            **({"control": dict(self.control)} if self.control else {}),
         }
 
     def resolved(self, settings: Settings, **changes: Any) -> Settings:
@@ -93,6 +96,8 @@ class Recipe:
         if self.method == "xgblora":
             length = math.ceil(steps / XGB_ROUNDS)
             return XGBLoRA(network.backbones, optimizer, steps_per_round=length, rounds=XGB_ROUNDS, seed=settings.seed)
+        if self.control:
+            return peftlite.DyLoRA(network.backbones, optimizer, seed=settings.seed, **self.control)
         return make_controller(network.backbones, optimizer, settings, steps)
 
 
@@ -118,6 +123,7 @@ def _recipes() -> dict[str, Recipe]:
     }
     adapters = [Recipe(name, name, **own.get(name, {})) for name in peftlite.METHODS]
     relatives = [
+        Recipe("dylora-full", "dylora", control={"update": "full"}),
         Recipe("reflora", "reflora"),
         Recipe("rslora", "lora", options={"rslora": True}),
         Recipe("lora-plus", "lora", lr=3e-4, lora_plus_ratio=16.0),

@@ -74,7 +74,7 @@ def protocol(found: Found) -> str:
     """What all cells share, in words."""
     settings = next(iter(found["cells"].values()))["settings"]
     same = {key for key in settings if all(cell["settings"].get(key) == settings[key] for cell in found["cells"].values())}
-    names = ("epochs", "batch_size", "search_examples", "held_examples", "grid", "grow", "amp", "seed")
+    names = ("epochs", "batch_size", "search_examples", "held_examples", "grid", "grow", "descend", "amp", "seed")
     shared = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in names if name in same)
     train, dev = settings["examples"][:2]
     title = TASKS[settings.get("task", "sst")].title
@@ -107,12 +107,13 @@ def accuracy(found: Found, table: Table) -> str:
 
 
 def ranks(found: Found, table: Table) -> str:
-    """DyLoRA's one training, cut to each rank, beside LoRA trained at that rank."""
+    """DyLoRA's one training, in either way of updating, cut to each rank, beside LoRA trained at that rank."""
     cells = found["cells"]
     if "dylora" not in cells:
         return "No result is committed yet."
     dylora = cells["dylora"]["figures"]
     full = cells["dylora"]["settings"]["rank"]
+    whole = cells["dylora-full"]["figures"]["ranks"] if "dylora-full" in cells else {}
     rows, minutes = [], []
     for rank, row in dylora["ranks"].items():
         lora = cells.get(BASELINE if int(rank) == full else f"lora-r{rank}")
@@ -122,15 +123,19 @@ def ranks(found: Found, table: Table) -> str:
             [
                 rank,
                 f"{row['dev']:.3f}",
+                f"{whole[rank]['dev']:.3f}" if whole else NONE,
                 f"{own['dev']:.3f}" if own else NONE,
                 points(row["right"], own["right"]) if own else NONE,
+                points(whole[rank]["right"], own["right"]) if own and whole else NONE,
             ]
         )
     note = (
         f"DyLoRA: one training, {dylora['cpu_seconds'] / 60:.1f} CPU minutes. LoRA: {len(minutes)} trainings, "
         f"{sum(minutes):.1f} CPU minutes together; the searches for the learning rate, one for each training, come on top."
     )
-    return f"{table(['rank', 'DyLoRA cut to it', 'LoRA trained at it', 'difference, points'], rows)}\n\n{note}"
+    full_update = 'with update="full"'
+    header = ["rank", "DyLoRA cut to it", full_update, "LoRA trained at it", "DyLoRA beside LoRA, points", full_update]
+    return f"{table(header, rows)}\n\n{note}"
 
 
 def intruders(found: Found, table: Table) -> str:
