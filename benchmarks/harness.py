@@ -205,10 +205,6 @@ class ResultFile:
         if found != suite:
             raise ValueError(f"{path} holds results of suite {found!r}, not {suite!r}; choose another path")
 
-    def finished(self, key: str, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-        """Whether cell `key` is there, measured on this machine, at this commit, with these settings."""
-        return self.difference(key, facts, settings) is None
-
     def difference(self, key: str, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
         """Why cell `key` must be measured (again), in words; None where it need not be."""
         if key not in self.cells:

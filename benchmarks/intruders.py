@@ -75,3 +75,4 @@ def run(names: Sequence[str], protocol: Protocol, output: Path, result: Path) ->
         print(f"{name}: {counts}, of {TOP * (figures['matrices'] + figures['unchanged'])} directions", flush=True)
     if not cells.cells:
         raise FileNotFoundError(f"{output.name} holds no trained model; run --suite accuracy with the same --output first")
+    print(f"written to {result}")

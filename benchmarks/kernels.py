@@ -11,6 +11,7 @@ many seconds at the speed of a product that is tried first, is left out, and the
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.cells import Cell, exit_status, measure_cells
 from benchmarks.gpu_layers import Case, Tensors, tensors
-from benchmarks.harness import RESULTS, RedGateError, ResultFile, interleaved, machine, ratios, require_green, spread
+from benchmarks.harness import RESULTS, ResultFile, interleaved, machine, ratios, require_green, spread
 from benchmarks.kernel_candidates import COMPILED, DTYPES, OURS, Forward, KernelSettings, candidates, gate
 from benchmarks.training_step import MIB
 from peftlite.analysis.meters import flops, saved_for_backward, transient_bytes
@@ -144,11 +146,12 @@ def too_much(settings: KernelSettings, *, ram: float, seconds: float, rate: floa
     return None
 
 
-def table(key: str, figures: Mapping[str, Any]) -> str:
+def table(cell: Mapping[str, Any]) -> str:
     """A cell as text."""
+    figures = cell["figures"]
     if "left_out" in figures:
-        return f"{key}: left out: {figures['left_out']}"
-    lines = [f"{key}: {figures['checks']} checks green"]
+        return f"  left out: {figures['left_out']}"
+    lines = [f"  {figures['checks']} checks green"]
     for name, row in figures["candidates"].items():
         times = []
         for phase, label in (("forward", "forward"), ("both", "with backward")):
@@ -200,28 +203,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     no_compiler = compiler_obstacle(options.device) if options.compile else "left out by --no-compile"
     ram = options.ram_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rates = {name: speed(options.device, dtype) for name, dtype in DTYPES.items()}
-    facts, found = machine(options.device), ResultFile(options.output, "kernels")
-    asked = list(cells(options))
-    for index, settings in enumerate(asked):
-        reason = found.difference(settings.key, facts, asdict(settings))
-        if reason or options.fresh:
-            try:
-                if left := too_much(settings, ram=ram, seconds=options.seconds, rate=rates[settings.dtype]):
-                    figures: dict[str, Any] = {"left_out": left}
-                else:
-                    with tqdm(unit="run", desc=settings.key) as bar:
-                        figures = measure(settings, no_compiler, bar.update)
-                found.add(settings.key, facts, asdict(settings), figures)
-            except RedGateError as error:
-                print(error, file=sys.stderr)
-                return 1
-            except KeyboardInterrupt:
-                done = f"{index} of {len(asked)} cells are in {options.output}"
-                print(f"\ninterrupted: {done}; run again to go on", file=sys.stderr)
-                return 130
-        print(f"{index + 1}/{len(asked)} {table(settings.key, found.cells[settings.key]['figures'])}", flush=True)
-    print(f"written to {options.output}")
-    return 0
+
+    def one(settings: KernelSettings) -> dict[str, Any]:
+        if left := too_much(settings, ram=ram, seconds=options.seconds, rate=rates[settings.dtype]):
+            return {"left_out": left}
+        with tqdm(unit="run", desc=settings.key) as bar:
+            return measure(settings, no_compiler, bar.update)
+
+    def run() -> bool:
+        planned = [Cell(settings.key, asdict(settings), functools.partial(one, settings)) for settings in cells(options)]
+        facts, results = machine(options.device), ResultFile(options.output, "kernels")
+        measure_cells(planned, results, facts, table, fresh=options.fresh)
+        return True
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ peaks are of what the layer itself creates: its output counts, its weights, its 
 
 import argparse
 import copy
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.candidates import CANDIDATES, Precision, build, check, missing
+from benchmarks.cells import Cell, exit_status, measure_cells
 from benchmarks.contests import contests, hold
-from benchmarks.harness import RESULTS, RedGateError, ResultFile, machine, require_green
+from benchmarks.harness import RESULTS, ResultFile, machine, require_green
 from benchmarks.peers import Plan, versions
 from benchmarks.tables import layer_table
 from benchmarks.training_step import MIB
@@ -124,22 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse_args(arguments)
     if absent := missing(NAMES):
         command.error(f"{', '.join(absent)} is not installed: pip install 'peftlite[bench]'")
-    facts = machine() | versions()
-    results = ResultFile(options.output, "layer")
-    for amp in (False, True):
-        for dropout in (0.0, 0.05):
-            settings = LayerSettings(options.width, options.tokens, options.rank, dropout, amp)
-            reason = results.difference(settings.key, facts, asdict(settings))
-            print(f"\n{settings.key}: {reason or 'finished before'}", flush=True)
-            if reason:
-                try:
-                    results.add(settings.key, facts, asdict(settings), measure(settings))
-                except RedGateError as error:
-                    print(error, file=sys.stderr)
-                    return 1
-            print(layer_table(results.cells[settings.key]))
-    print(f"\nwritten to {options.output}")
-    return 0
+    asked = [
+        LayerSettings(options.width, options.tokens, options.rank, dropout, amp)
+        for amp in (False, True)
+        for dropout in (0.0, 0.05)
+    ]
+
+    def run() -> bool:
+        planned = [Cell(settings.key, asdict(settings), functools.partial(measure, settings)) for settings in asked]
+        measure_cells(planned, ResultFile(options.output, "layer"), machine() | versions(), layer_table)
+        return True
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

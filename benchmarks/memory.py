@@ -11,11 +11,12 @@ counts pages, and what operations and libraries take for themselves.
 
 import argparse
 import ctypes
+import functools
 import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import peftlite
+from benchmarks.cells import Cell, exit_status, measure_cells
 from benchmarks.harness import RESULTS, ResultFile, machine
 from examples.minbert_multitask.model import BertConfig, BertModel
 from peftlite.analysis.step import MIB, Step, mean_square
@@ -178,17 +180,18 @@ def _wake_libraries() -> None:
     torch.cuda.synchronize()
 
 
-def met(figures: dict[str, Any]) -> bool:
+def met(figures: Mapping[str, Any]) -> bool:
     """Whether the estimate lies within the limit."""
     return abs(figures["error"]) < LIMIT and abs(figures["added_error"]) < LIMIT
 
 
-def line(key: str, figures: dict[str, Any]) -> str:
+def line(cell: Mapping[str, Any]) -> str:
     """A cell in one line."""
+    figures = cell["figures"]
     grown = figures["rss_growth_mib"]
     rss = "" if grown is None else f"; growth {figures['estimate_growth_mib']:.1f}, of the resident set {grown:.1f}"
     return (
-        f"{key}: estimate {figures['estimate_mib']:.1f} MiB, measured {figures['measured_mib']:.1f} ({figures['error']:+.2%}); "
+        f"estimate {figures['estimate_mib']:.1f} MiB, measured {figures['measured_mib']:.1f} ({figures['error']:+.2%}); "
         f"added by the step {figures['estimate_added_mib']:.1f}, measured {figures['measured_added_mib']:.1f} "
         f"({figures['added_error']:+.2%}){rss}; estimated in {figures['seconds']:.1f} s" + ("" if met(figures) else " [!! off]")
     )
@@ -222,24 +225,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         command.error("--device cuda was asked for, and torch finds no GPU; leave it out for the CPU")
     torch.set_num_threads(options.threads)
-    facts, results = machine(options.device), ResultFile(options.output, "memory")
-    asked = list(cells(small=options.small, device=options.device, threads=options.threads))
-    off = []
-    for index, settings in enumerate(asked):
-        reason = results.difference(settings.key, facts, asdict(settings))
-        if reason or options.fresh:
-            try:
-                results.add(settings.key, facts, asdict(settings), measure(settings, fresh_process=not options.no_rss))
-            except KeyboardInterrupt:
-                done = f"{index} of {len(asked)} cells are in {options.output}"
-                print(f"\ninterrupted: {done}; run again to go on", file=sys.stderr)
-                return 130
-        figures = results.cells[settings.key]["figures"]
-        print(f"{index + 1}/{len(asked)} {line(settings.key, figures)}", flush=True)
-        if not met(figures):
-            off.append(settings.key)
-    print(f"{len(asked) - len(off)} of {len(asked)} estimates lie within {LIMIT:.0%}; written to {options.output}")
-    return 1 if off else 0
+    asked = cells(small=options.small, device=options.device, threads=options.threads)
+
+    def run() -> bool:
+        planned = [
+            Cell(settings.key, asdict(settings), functools.partial(measure, settings, fresh_process=not options.no_rss))
+            for settings in asked
+        ]
+        facts, results = machine(options.device), ResultFile(options.output, "memory")
+        found = measure_cells(planned, results, facts, line, fresh=options.fresh)
+        good = sum(map(met, found))
+        print(f"{good} of {len(found)} estimates lie within {LIMIT:.0%}")
+        return good == len(found)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ medians of interleaved rounds, as a share of LoRA's in the same round; FLOPs, sa
 """
 
 import copy
+import functools
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import peftlite
+from benchmarks.cells import Cell, measure_cells
 from benchmarks.gate import check_adapters
 from benchmarks.harness import RESULTS, ResultFile, interleaved, machine, ratios, require_green, spread
 from benchmarks.recipes import RECIPES, TOP, Recipe
@@ -138,11 +140,8 @@ def table(cell: dict[str, Any]) -> str:
 def run(names: Sequence[str], settings: CostSettings, result: Path, *, fresh: bool = False) -> None:
     """Measure both models, each unless its cell is there for this machine, commit and settings."""
     torch.set_num_threads(settings.threads)
-    facts, cells = machine(), ResultFile(result, "cost")
+    planned = []
     for key, size in SIZES.items():
         record = {**asdict(settings), **size, "recipes": [r.record() for r in compared(names, size["num_hidden_layers"])]}
-        reason = cells.difference(key, facts, record)
-        print(f"{key}: {'asked again' if fresh else reason or 'finished before'}", flush=True)
-        if reason or fresh:
-            cells.add(key, facts, record, measure(names, size, settings))
-        print(table(cells.cells[key]), flush=True)
+        planned.append(Cell(key, record, functools.partial(measure, names, size, settings)))
+    measure_cells(planned, ResultFile(result, "cost"), machine(), table, fresh=fresh)

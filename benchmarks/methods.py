@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy, intruders, method_cost, qlora
-from benchmarks.harness import RedGateError
+from benchmarks.cells import exit_status
 from benchmarks.protocol import Protocol
 from benchmarks.recipes import RECIPES
 
@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = result or (output / RESULTS[suite].name if small else RESULTS[suite])  # never over the committed one
     settings = SETTINGS[suite](**({**SMALL[suite], **given} if small else given))
     names = names or (SMALL_NAMES if small and suite != "intruders" else None)
-    try:
+
+    def run() -> bool:
         if suite == "cost":
             method_cost.run(names or list(RECIPES), settings, result, fresh=fresh)
         elif suite == "accuracy":
@@ -99,14 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             intruders.run(names or intruders.NAMES, settings, output, result)
         else:
             qlora.run(settings, data, output, result, fresh=fresh)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is finished is kept; the same command goes on", file=sys.stderr)
-        return 130
-    except (RedGateError, FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"written to {result}")
-    return 0
+        return True
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ exit status is 1; in bf16 autocast, where the two round at different places, the
 
 import argparse
 import copy
+import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.cells import Cell, exit_status, measure_cells
 from benchmarks.harness import RESULTS, RedGateError, ResultFile, machine
 from benchmarks.peers import LIBRARIES, Plan, versions
 from examples.minbert_multitask.data import TaskData, collate
@@ -152,17 +154,18 @@ def measure(settings: ParitySettings, network: MultitaskBert, data: TaskData) ->
     }
 
 
-def met(figures: dict[str, Any]) -> bool:
+def met(figures: Mapping[str, Any]) -> bool:
     """Whether the curves agree as they must; where nothing is judged, they do."""
     return figures["limit"] is None or figures["worst"] <= figures["limit"]
 
 
-def line(key: str, figures: dict[str, Any]) -> str:
+def line(cell: Mapping[str, Any]) -> str:
     """A cell in one line."""
+    figures = cell["figures"]
     curve, last = figures["curves"]["ours"], len(figures["deviation"])
     verdict = "not judged" if figures["limit"] is None else f"limit {figures['limit']:.0e}"
     return (
-        f"{key}: loss {curve[0]:.4f} -> {curve[-1]:.4f}; largest deviation from {PEER} {figures['worst']:.1e} in the first "
+        f"loss {curve[0]:.4f} -> {curve[-1]:.4f}; largest deviation from {PEER} {figures['worst']:.1e} in the first "
         f"{min(JUDGED, last)} steps ({verdict}), {figures['worst_all']:.1e} in all {last}; of an update "
         f"{figures['update_deviation']:.1e}" + ("" if met(figures) else " [!! apart]")
     )
@@ -206,27 +209,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how = example(data=options.data, weights=options.weights, threads=options.threads)
     network, folder = build_network(how)
     data = load_data(how, "train", folder, None)[TASK]
-    facts, results = machine() | versions(), ResultFile(options.output, "peers")
-    asked = list(cells(options, len(data)))
-    apart = []
-    for index, settings in enumerate(asked):
-        reason = results.difference(settings.key, facts, asdict(settings))
-        if reason or options.fresh:
-            try:
-                results.add(settings.key, facts, asdict(settings), measure(settings, network, data))
-            except RedGateError as error:
-                print(error, file=sys.stderr)
-                return 1
-            except KeyboardInterrupt:
-                done = f"{index} of {len(asked)} cells are in {options.output}"
-                print(f"\ninterrupted: {done}; run again to go on", file=sys.stderr)
-                return 130
-        figures = results.cells[settings.key]["figures"]
-        print(f"{index + 1}/{len(asked)} {line(settings.key, figures)}", flush=True)
-        if not met(figures):
-            apart.append(settings.key)
-    print(f"{len(asked) - len(apart)} of {len(asked)} cells agree; written to {options.output}")
-    return 1 if apart else 0
+
+    def run() -> bool:
+        planned = [
+            Cell(settings.key, asdict(settings), functools.partial(measure, settings, network, data))
+            for settings in cells(options, len(data))
+        ]
+        facts, results = machine() | versions(), ResultFile(options.output, "peers")
+        found = measure_cells(planned, results, facts, line, fresh=options.fresh)
+        good = sum(map(met, found))
+        print(f"{good} of {len(found)} cells agree")
+        return good == len(found)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

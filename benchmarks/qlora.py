@@ -6,13 +6,14 @@ averaged by ``DistributedDataParallel``. Dropout is off: its masks would differ.
 """
 
 import argparse
+import functools
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peftlite
 from benchmarks.accuracy import train
+from benchmarks.cells import Cell, measure_cells
 from benchmarks.harness import RESULTS, ROOT, ResultFile, machine
 from benchmarks.protocol import Protocol, load_splits
 from benchmarks.recipes import RECIPES
@@ -153,20 +155,23 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float((a[key].double() - b[key].double()).square().sum()) for key in a))
 
 
+def lines(cell: Mapping[str, Any]) -> str:
+    """A cell as text."""
+    figures = cell["figures"]
+    same = "the same bit for bit" if figures["ranks_equal"] else "DIFFERENT"
+    return (
+        f"base: {figures['base']['bytes_per_number']:.4f} bytes per number, dense {figures['dense_bytes_per_number']:.0f}\n"
+        f"{PROCESSES} processes: {same} on all ranks; beside one process {figures['difference']:.2e} of what training changed, "
+        f"{figures['agreement']:.1%} of the answers alike"
+    )
+
+
 def run(short: Short, data: str, output: Path, result: Path, *, fresh: bool = False) -> None:
     """Measure, unless it has been with these settings on this machine and commit."""
     torch.set_num_threads(1)
-    facts, cells, record = machine(), ResultFile(result, "qlora"), {**asdict(short), "weights": Path(short.weights).name}
-    if fresh or not cells.finished("qlora", facts, record):
-        cells.add("qlora", facts, record, measure(short, data, output))
-    figures = cells.cells["qlora"]["figures"]
-    print(f"base: {figures['base']['bytes_per_number']:.4f} bytes per number, dense {figures['dense_bytes_per_number']:.0f}")
-    same = "the same bit for bit" if figures["ranks_equal"] else "DIFFERENT"
-    print(
-        f"{PROCESSES} processes: {same} on all ranks; beside one process {figures['difference']:.2e} of what training changed, "
-        f"{figures['agreement']:.1%} of the answers alike",
-        flush=True,
-    )
+    record = {**asdict(short), "weights": Path(short.weights).name}
+    planned = [Cell("qlora", record, functools.partial(measure, short, data, output))]
+    measure_cells(planned, ResultFile(result, "qlora"), machine(), lines, fresh=fresh)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

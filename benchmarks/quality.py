@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import efficiency_claim, ensemble_claim, rank_claim
-from benchmarks.harness import RESULTS, RedGateError
+from benchmarks.cells import exit_status
+from benchmarks.harness import RESULTS
 from benchmarks.jobs import Job, collect, work
 from benchmarks.study import SMALL, SUITE, Options, Study
 
@@ -102,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks=ranks or ((1, 8) if small else (1, 2, 4, 8, 16)),
         members=members or (2 if small else 5),
     )
-    try:
+
+    def run() -> bool:
         study.claim_folder()
         torch.set_num_threads(study.options.threads)
         print(f"{asdict(study.options)}", flush=True)
@@ -110,15 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # All that the folder may hold, so that the result file keeps what another claim or more seeds have brought
         known = finished_keys(study, jobs(study, list(CLAIMS)))
         work(planned, output, SUITE, known, result, fresh=fresh)
-        found = collect(output, SUITE, known, result)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is finished is kept; the same command goes on", file=sys.stderr)
-        return 130
-    except (RedGateError, FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{found} cells are in {result}")
-    return 0
+        print(f"{collect(output, SUITE, known, result)} cells are in {result}")
+        return True
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -36,17 +36,9 @@ from benchmarks.candidates import (
     missing,
     split,
 )
+from benchmarks.cells import Cell, exit_status, measure_cells
 from benchmarks.contests import contests, hold
-from benchmarks.harness import (
-    RESULTS,
-    RedGateError,
-    ResultFile,
-    interleaved,
-    machine,
-    ratios,
-    require_green,
-    spread,
-)
+from benchmarks.harness import RESULTS, ResultFile, interleaved, machine, ratios, require_green, spread
 from benchmarks.peers import Plan, versions
 from benchmarks.presets import PRESETS
 from benchmarks.tables import steps_table
@@ -257,27 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if absent := missing(name for settings in asked for name in settings.candidates):
         command.error(f"{', '.join(absent)} is not installed: pip install 'peftlite[bench]', or leave it out of --candidates")
     torch.set_num_threads(options["threads"])
-    facts = machine(options["device"]) | versions()
-    results = ResultFile(options["output"], "steps")
-    for index, settings in enumerate(asked):
-        reason = results.difference(settings.key, facts, asdict(settings))
-        state = "finished before" if reason is None and not options["fresh"] else reason or "asked again"
-        print(f"\ncell {index + 1} of {len(asked)}: {settings.key}: {state}", flush=True)
-        if reason or options["fresh"]:
-            try:
-                results.add(settings.key, facts, asdict(settings), measure(settings))
-            except RedGateError as error:
-                print(error, file=sys.stderr)
-                return 1
-            except KeyboardInterrupt:
-                print(
-                    f"\ninterrupted: {index} of {len(asked)} cells are in {options['output']}; run again to go on",
-                    file=sys.stderr,
-                )
-                return 130
-        print(steps_table(results.cells[settings.key]))
-    print(f"\nwritten to {options['output']}")
-    return 0
+
+    def run() -> bool:
+        facts, results = machine(options["device"]) | versions(), ResultFile(options["output"], "steps")
+        planned = [Cell(settings.key, asdict(settings), functools.partial(measure, settings)) for settings in asked]
+        measure_cells(planned, results, facts, steps_table, fresh=options["fresh"])
+        return True
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -170,9 +170,9 @@ def test_finished_cells_are_skipped_only_where_machine_commit_and_settings_agree
     results.add("cell", FACTS, SETTINGS, {"ms": Spread(1.0, 0.5, 2.0)})
 
     again = ResultFile(tmp_path / "x.json", "steps")
-    assert again.finished("cell", {**FACTS, "date": "tuesday", "load_average": 3.0}, SETTINGS)
+    assert again.difference("cell", {**FACTS, "date": "tuesday", "load_average": 3.0}, SETTINGS) is None
     assert again.cells["cell"]["figures"] == {"ms": [1.0, 0.5, 2.0]}
-    assert not again.finished("other cell", FACTS, SETTINGS)
+    assert again.difference("other cell", FACTS, SETTINGS) == "not measured yet"
     for facts, settings, reason in (
         ({**FACTS, "commit": "two"}, SETTINGS, "machine: commit was 'one', is 'two'"),
         ({**FACTS, "gpu": "g"}, SETTINGS, "machine: gpu was None, is 'g'"),

@@ -159,7 +159,9 @@ def test_finished_cells_are_shown_not_measured(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(steps, "measure", interrupted)
     assert steps.main([*arguments, "--batch", "2x8,3x8"]) == 130
-    assert "interrupted: 1 of 2 cells are in" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "[2/2]" in shown.out
+    assert "interrupted: what is finished is kept" in shown.err
     assert len(json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["cells"]) == 1
 
 
