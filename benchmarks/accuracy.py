@@ -186,24 +186,26 @@ def whole(recipe: Recipe, settings: Settings, splits: Splits, file: Path, *, qui
     return figures
 
 
-def measure(
-    recipe: Recipe, protocol: Protocol, data: str, splits: Splits, output: Path, *, quiet: bool = False
+def settled(
+    recipe: Recipe, base: Settings, splits: Splits, file: Path, rate: float, repeats: int, *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Search, train, score: the figures of one cell. The trained tensors go to ``output/<name>.safetensors``.
+    """The figures of the whole training at `rate`, or at a third of it while that lowers the loss of its last steps.
 
-    The whole training is repeated at a third of the rate while that lowers the loss of its last steps.
+    Args:
+        recipe: the way to train.
+        base: the protocol's settings.
+        splits: the data.
+        file: where the trained tensors go.
+        rate: the first learning rate.
+        repeats: trainings at lower ones, at most.
+        quiet: no progress.
 
     Raises:
         FloatingPointError: the loss is not finite, at none of the rates.
     """
-    base = protocol.settings(data)
-    start = time.perf_counter()
-    found = search(recipe, protocol, base, splits, quiet=quiet)
-    searched = time.perf_counter() - start
-    file = output / f"{recipe.name}.safetensors"
     attempt = file.with_suffix(".attempt")
-    rate, best, trainings = found["best"], None, []
-    for _ in range(1 + protocol.descend):
+    best, trainings = None, []
+    for _ in range(1 + repeats):
         try:
             made = whole(recipe, recipe.resolved(base, **{recipe.tuned: rate}), splits, attempt, quiet=quiet)
         except FloatingPointError as error:
@@ -218,7 +220,24 @@ def measure(
     attempt.unlink(missing_ok=True)
     if best is None:
         raise FloatingPointError("; ".join(training["failed"] for training in trainings))
-    return {**best, "search": found["tried"], "search_seconds": searched, "trainings": trainings}
+    return {**best, "trainings": trainings}
+
+
+def measure(
+    recipe: Recipe, protocol: Protocol, data: str, splits: Splits, output: Path, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Search, train, score: the figures of one cell. The trained tensors go to ``output/<name>.safetensors``.
+
+    Raises:
+        FloatingPointError: the loss is not finite, at none of the rates.
+    """
+    base = protocol.settings(data)
+    start = time.perf_counter()
+    found = search(recipe, protocol, base, splits, quiet=quiet)
+    searched = time.perf_counter() - start
+    file = output / f"{recipe.name}.safetensors"
+    best = settled(recipe, base, splits, file, found["best"], protocol.descend, quiet=quiet)
+    return {**best, "search": found["tried"], "search_seconds": searched}
 
 
 def summary(figures: dict[str, Any]) -> str:

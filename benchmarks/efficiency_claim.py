@@ -19,7 +19,7 @@ import peftlite
 from benchmarks.gate import check_adapters
 from benchmarks.harness import interleaved, ratios, require_green, spread
 from benchmarks.jobs import Figures, Job
-from benchmarks.rank_claim import recipes, search_job, training_job
+from benchmarks.rank_claim import first_key, recipes, search_job, training_job
 from benchmarks.recipes import RECIPES, Recipe
 from benchmarks.study import TASKS, Study, key, trained_weight
 from benchmarks.training_step import MIB, TrainingStep, meter
@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
     amp: str
 
     @property
-    def searched(self) -> str:
+    def rated(self) -> str:
         """The recipe of claim B whose learning rate it takes."""
         return "full" if self.recipe.method == "full" else f"lora-r{RANK}"
 
@@ -216,7 +216,7 @@ def score_cell(task: str, candidate: Candidate) -> str:
     """The cell with a candidate's dev score: claim B's, where that trained the same."""
     same = {"full-bf16": "full", "lora-bf16-all-linear": f"lora-r{RANK}"}
     if candidate.name in same:
-        return key("B", task, same[candidate.name], "seed0")
+        return first_key(task, same[candidate.name])
     return key("A", task, candidate.name, "seed0")
 
 
@@ -234,5 +234,5 @@ def jobs(study: Study) -> list[Job]:
         for task in TASKS:
             cell = score_cell(task, candidate)
             recipe = rank_recipes[cell.split("/")[2]] if cell.startswith("B/") else candidate.recipe
-            found.append(training_job(study, cell, task, recipe, 0, candidate.searched, amp=candidate.amp))
+            found.append(training_job(study, cell, task, recipe, 0, candidate.rated, amp=candidate.amp))
     return found

@@ -2,14 +2,15 @@
 
 Frees, Bhagirath and Bolling 2025 (arXiv:2508.17586) claim negligible deficits at rank 1. Here every recipe has its own
 learning rate, found with an equal budget: so many rates, a factor of three apart around the recipe's usual one, each for
-one short pass over a part of train, judged by the loss on another part. The rate is searched once, with seed 0, and shared
-by the seeds, so that the intervals hold the spread of trainings, not that of searches.
+one short pass over a part of train, judged by the loss on another part; then whole trainings with seed 0 at the best of them
+and at a third of it, judged by the loss of their last tenth, since a whole training may not bear what a short one does. The
+other seeds take the rate of seed 0, so that the intervals hold the spread of trainings, not that of searches.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.accuracy import search, summary, train, trained_figures
+from benchmarks.accuracy import search, settled, summary
 from benchmarks.intervals import Interval, difference, not_worse, t_interval
 from benchmarks.jobs import Figures, Job
 from benchmarks.recipes import RECIPES, Recipe
@@ -43,25 +44,29 @@ def search_key(task: str, name: str) -> str:
     return key("B", task, name, "search")
 
 
-def training_job(study: Study, cell: str, task: str, recipe: Recipe, seed: int, searched: str, *, amp: str = "bf16") -> Job:
-    """A training at the rate that the search of the recipe `searched` found, and its score on dev."""
-    protocol, needed = study.protocol(task, seed, amp=amp), search_key(task, searched)
+def first_key(task: str, name: str) -> str:
+    """The cell of a recipe's training with seed 0, which settles the learning rate."""
+    return key("B", task, name, "seed0")
+
+
+def training_job(study: Study, cell: str, task: str, recipe: Recipe, seed: int, rated: str, *, amp: str = "bf16") -> Job:
+    """A training at the learning rate of the recipe `rated`, and its score on dev; that recipe's first one settles it."""
+    protocol, settles = study.protocol(task, seed, amp=amp), cell == first_key(task, rated)
+    needed = search_key(task, rated) if settles else first_key(task, rated)
     file = study.output / "trained" / f"{cell.replace('/', '-')}.safetensors"
 
     def measure(found: Mapping[str, Figures]) -> Figures:
-        rate = found[needed]["best"]
-        settings = recipe.resolved(study.settings(task, seed, amp=amp), **{recipe.tuned: rate})
+        rate, repeats = (found[needed]["best"], protocol.descend) if settles else (found[needed]["lr"], 0)
         splits = study.splits(task)
-        training = train(recipe, settings, splits.train, save=file)
-        figures = trained_figures(training, file, splits.dev)
+        figures = settled(recipe, study.settings(task, seed, amp=amp), splits, file, rate, repeats)
         file.unlink()  # nothing reads it again, and a whole model is large
         del figures["right"]  # the seeds carry the interval, and ten thousand digits would be most of the file
-        return {"lr": rate, **figures, "examples": {"train": len(splits.train), "dev": len(splits.dev)}}
+        return {**figures, "examples": {"train": len(splits.train), "dev": len(splits.dev)}}
 
-    settings = {**protocol.record(), **recipe.record(), "searched": searched, "data": study.digest()}
-    steps = study.options.steps if not study.options.epochs else 250 * study.options.epochs
-    slower = 2.0 if amp == "off" else 1.0
-    return Job(cell, settings, measure, (needed,), trained_weight(task) * slower * (steps + 20), summary)
+    settings = {**protocol.record(), **recipe.record(), "rated": rated, "data": study.digest()}
+    steps = study.options.steps or 200 * study.options.epochs
+    times = (2.0 if amp == "off" else 1.0) * (1 + protocol.descend if settles else 1)
+    return Job(cell, settings, measure, (needed,), trained_weight(task) * times * (steps + 20), summary)
 
 
 def jobs(study: Study) -> list[Job]:
@@ -71,7 +76,7 @@ def jobs(study: Study) -> list[Job]:
     for seed in range(study.seeds):
         for task, recipe in every:
             found.append(
-                training_job(study, key("B", task, recipe.name, f"seed{seed}"), task, recipe, seed, searched=recipe.name)
+                training_job(study, key("B", task, recipe.name, f"seed{seed}"), task, recipe, seed, rated=recipe.name)
             )
     return found
 
@@ -85,10 +90,10 @@ class Row(NamedTuple):
         scores: mean over the seeds with its interval.
         gap: mean paired difference to full fine-tuning with its interval; None for full itself, or without pairs.
         verdict: whether the recipe is within `MARGIN` of full fine-tuning; empty where there is no gap.
-        lr: learning rate that the search found.
+        lr: learning rate that was settled on.
         trained: parameters of the backbone that train.
         bytes: size of what a training saved.
-        edge: the best rate was an end of the grid.
+        edge: that rate was the least or the greatest of all that were tried.
     """
 
     task: str
@@ -123,9 +128,9 @@ def rows(cells: Mapping[str, Any], margin: float = MARGIN) -> list[Row]:
             gap = None
             if name != FULL and both:
                 gap = difference([scores[seed] for seed in both], [full[seed] for seed in both])
-            first = next(iter(trainings.values()))
-            tried = [row["lr"] for row in cells[search_key(task, name)]["figures"]["tried"]]
+            first = trainings[0]
             figures = first["figures"]
+            tried = [row["lr"] for row in cells[search_key(task, name)]["figures"]["tried"] + figures["trainings"]]
             own.append(
                 Row(
                     task,

@@ -23,13 +23,12 @@ class Options:
     weights: str = "minilm"
     threads: int = 1
     batch_size: int = 32
-    steps: int = 90  # of every training of claims A and B
-    epochs: int = 0  # in place of the steps where not 0
-    # One pass over them for each learning rate: half a training, for a shorter one prefers rates that a whole one cannot bear
-    search_examples: int = 1440
+    epochs: int = 1  # of every training of claims A and B
+    steps: int = 0  # in place of the epochs where not 0
+    search_examples: int = 1440  # one pass over them for each learning rate
     held_examples: int = 512  # that judge it
     grid: int = 3  # learning rates, the same number for every recipe
-    quora_train: int = 8000  # pairs drawn from train; 0: all
+    quora_train: int = 4000  # pairs drawn from train; 0: all
     quora_dev: int = 2000
     member_steps: int = 300  # of every member of the ensembles of claim C, the tasks in turn
     rounds: int = 5  # of claim A's timing
@@ -73,8 +72,8 @@ class Study:
         options, quora = self.options, task == "quora"
         return Protocol(
             task=task,
-            epochs=options.epochs or 1,
-            steps=0 if options.epochs else options.steps,
+            epochs=options.epochs,
+            steps=options.steps,
             batch_size=options.batch_size,
             search_examples=options.search_examples,
             held_examples=options.held_examples,
@@ -82,6 +81,7 @@ class Study:
             dev_examples=options.quora_dev if quora else 0,
             grid=options.grid,
             grow=0,  # or the recipes would not have equal budgets
+            descend=1,
             amp=amp,
             seed=seed,
             threads=options.threads,

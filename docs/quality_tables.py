@@ -79,8 +79,9 @@ def rank(found: Found, table: Table) -> str:
         f"{length} of {settings['batch_size']} examples for every training, autocast {settings['amp']}; examples to train on "
         f"and in dev: {', '.join(sizes.values())}. Quora's official training file has {QUORA_PAIRS:,} pairs. Learning rates: "
         f"{settings['grid']} for every recipe and task, each for {settings['search_examples']} examples, judged on "
-        f"{settings['held_examples']} others of train; (edge) marks a best rate at an end of the grid. Intervals are 95 %, "
-        "Student's t over the seeds; differences are paired by seed."
+        f"{settings['held_examples']} others of train, then whole trainings at the best and at a third of it, judged by the "
+        "loss of their last tenth; (edge) marks a rate at an end of what was tried. Intervals are 95 %, Student's t over the "
+        "seeds; differences are paired by seed."
     )
     return f"{note} {caption(cells)}\n\n{table(header, body)}\n\n{verdicts(judged)}"
 
@@ -153,8 +154,8 @@ def efficiency(found: Found, table: Table) -> str:
     parts.append(f"Each effect alone, as ratios of paired passes (20..80 %).\n\n{_effects(costs, table)}")
     note = (
         "Peak is what weights, gradients, optimizer and activations hold at once; saved is what autograd keeps for backward; "
-        "both on the longest of the pass's batches. Scores are of one seed, at the learning rates that claim B's searches "
-        "found under autocast, and after as many steps as there."
+        "both on the longest of the pass's batches. Scores are of one seed, at the learning rates that claim B settled on "
+        "under autocast, and after as many steps as there."
     )
     return "\n\n".join([f"{note} {caption(costs)}", *parts, " ".join(faster(costs))])
 

@@ -110,8 +110,8 @@ def ranks(results: Results) -> Section:
     ]
     seeds = Counter(row.scores.count for row in rows)
     caveat = (
-        f"{' or '.join(map(str, sorted(seeds)))} seeds for each row; short trainings of as many steps for all. The best rate "
-        f"is searched with one seed and shared by the others. {BASE}"
+        f"{' or '.join(map(str, sorted(seeds)))} seeds for each row, of as many examples for all recipes of a task. The rate "
+        f"is settled with one seed and shared by the others. {BASE}"
     )
     return Section("ranks", title, claim, command, quality_tables.verdicts(rows), parts, caveat, where(trained.values()))
 

@@ -151,6 +151,7 @@ def quality(seeds: int = 3) -> dict[str, Any]:
             figures = {
                 "dev": 0.5 + 0.02 * generator.random(),
                 "lr": 1e-3,
+                "trainings": [{"lr": 1e-3, "loss": 1.0}],
                 "trained": 7,
                 "bytes": 9,
                 "cpu_seconds": 1.0,

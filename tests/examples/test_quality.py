@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import peftlite
-from benchmarks import efficiency_claim, quality, rank_claim
+from benchmarks import accuracy, efficiency_claim, quality
 from benchmarks.efficiency_claim import candidates, effects, pick
 from benchmarks.ensemble_claim import sizes
 from benchmarks.intervals import Interval
@@ -46,9 +46,14 @@ def test_cells_of_all_claims_and_no_folder(run, tables, tiny_bert) -> None:
     for task in ("sst", "quora", "sts"):
         for name in ("full", "lora-r1", "lora-r8"):
             best = cells[f"B/{task}/{name}/search"]["figures"]["best"]
-            for seed in (0, 1):
-                cell = cells[f"B/{task}/{name}/seed{seed}"]
-                assert (cell["figures"]["lr"], cell["figures"]["steps"], cell["settings"]["seed"]) == (best, 2, seed)
+            first, second = (cells[f"B/{task}/{name}/seed{seed}"] for seed in (0, 1))
+            tried = {training["lr"]: training["loss"] for training in first["figures"]["trainings"]}
+            assert list(tried) == [best, best / 3]
+            settled = min(tried, key=tried.__getitem__)
+            assert [training["lr"] for training in second["figures"]["trainings"]] == [settled]
+            for seed, cell in enumerate((first, second)):
+                assert (cell["figures"]["lr"], cell["figures"]["steps"], cell["settings"]["seed"]) == (settled, 2, seed)
+    assert cells["A/sst/dora-fp32-attn/seed0"]["figures"]["lr"] == cells["B/sst/lora-r1/seed0"]["figures"]["lr"]
     assert cells["B/quora/full/seed0"]["figures"]["examples"] == {"train": 18, "dev": 10}
     assert cells["B/sst/full/seed0"]["figures"]["examples"] == {"train": 20, "dev": 12}
     assert not list((output / "trained").iterdir())
@@ -63,7 +68,7 @@ def test_rows_of_the_rank_claim(run) -> None:
     gaps = [cells[f"B/sts/lora-r1/seed{s}"]["figures"]["dev"] - cells[f"B/sts/full/seed{s}"]["figures"]["dev"] for s in (0, 1)]
     assert one.gap.mean == pytest.approx(sum(gaps) / 2)
     assert one.scores.count == one.gap.count == 2
-    assert one.edge  # a grid of one rate is all edge
+    assert one.edge  # of two rates each is an edge
     assert found[2].trained == 8 * found[1].trained < found[0].trained
     alone = {key: cell for key, cell in cells.items() if "seed1" not in key}
     assert next(row for row in rows(alone) if row.rank == 1).verdict == "not decided within the interval"
@@ -71,7 +76,7 @@ def test_rows_of_the_rank_claim(run) -> None:
 
 def test_goes_on_and_keeps_what_more_seeds_and_other_claims_brought(run, capsys, monkeypatch) -> None:
     output, command, found = run
-    monkeypatch.setattr(rank_claim, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(accuracy, "train", lambda *a, **k: pytest.fail("trained again"))
     assert quality.main([*command, "--suite", "paper", "--claims", "B", "--seeds", "1"]) == 0
     assert "B/sts/lora-r8/seed0: finished before" in capsys.readouterr().out
     assert json.loads((output / "quality.json").read_text()) == found
