@@ -28,7 +28,9 @@ def scale_columns(y: Tensor, gain: Tensor, shift: Tensor | None) -> None:
         torch.addcmul(shift, y, gain, out=y)
 
 
-def scale_columns_backward(dy: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def scale_columns_backward(
+    dy: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None, *, scaled: bool = True
+) -> tuple[Tensor, Tensor]:
     """Compute ``D = g ⊙ dy (M, out)``, in the dtype of `dy`, and ``Σ_i dy_i ⊙ (y_i - b)``, ``(out,)``, in that of `gain`.
 
     Args:
@@ -36,6 +38,7 @@ def scale_columns_backward(dy: Tensor, y: Tensor, gain: Tensor, bias: Tensor | N
         y: ``(M, out)``, ``g ⊙ inner + b``.
         gain: ``g (out,)``, fp32 or fp64.
         bias: ``b (out,)`` or None.
+        scaled: whether D is asked for; without it the first of the two is `dy` as it is, and the second costs less.
     """
     if not dy.numel():  # the fused kernel divides by the number of rows
         return torch.empty_like(dy), torch.zeros_like(gain)
@@ -51,6 +54,6 @@ def scale_columns_backward(dy: Tensor, y: Tensor, gain: Tensor, bias: Tensor | N
         None,
         False,
         0.0,
-        [True, True, False],
+        [scaled, True, False],
     )
-    return inner_grad.to(dy.dtype), total
+    return inner_grad.to(dy.dtype) if scaled else dy, total

@@ -3,7 +3,8 @@
 One layer is the simplest case. Derivations and measured choices are in ``kernels/README.md``.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +35,21 @@ def low_rank_forward(
     """
     with without_autocast(x.device):
         dtype = x.dtype
-        h = F.linear(_dropped(x, mask), _stacked([layer.lora_a for layer in layers], dtype))
+        h = shrunk_input(x, layers, mask)
         ys = []
         for layer, part in zip(layers, by_rank(h, layers, 1), strict=True):
             weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
-            if mask is None and _update_pays(x, x.shape[1]):
-                ys.append(F.linear(x, _updated(weight, layer), bias))
+            if mask is None and update_pays(x, x.shape[1]):
+                ys.append(F.linear(x, updated_weight(layer, dtype), bias))
             else:
                 y = F.linear(x, weight, bias)
                 ys.append(y.addmm_(part, layer.lora_b.to(dtype).T, alpha=layer.scale / keep))
         return ys, h
+
+
+def shrunk_input(x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None) -> Tensor:
+    """``h = (x ⊙ mask) Aᵀ`` of each layer, side by side, ``(M, Σ r)``."""
+    return F.linear(_dropped(x, mask), _stacked([layer.lora_a for layer in layers], x.dtype))
 
 
 class Needs(NamedTuple):
@@ -62,6 +68,7 @@ def low_rank_backward(
     keep: float,
     need_x: bool,
     needs: Sequence[Needs],
+    updated: Sequence[Callable[[], Tensor]] | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """The gradient of x, and of each layer's lora_a and lora_b, for the gradients ``dy (M, out)`` of the outputs.
 
@@ -74,6 +81,7 @@ def low_rank_backward(
         keep: as in the forward pass.
         need_x: whether the gradient of x is asked for.
         needs: which others are.
+        updated: form the ``W + s B A`` of each layer; without them that is done where it is cheaper than the low-rank branch.
     """
     with without_autocast(dys[0].device):
         dtype = dys[0].dtype
@@ -82,14 +90,13 @@ def low_rank_backward(
         if need_x or any(need.lora_a for need in needs):
             u = _shrunk(dys, layers, keep)  # s dy B, side by side
             if need_x:
-                update = mask is None and _update_pays(dys[0], sum(dy.shape[1] for dy in dys))
-                for dy, layer in zip(dys, layers, strict=True):
-                    weight = layer.weight.to(dtype)
-                    if update:
-                        weight = _updated(weight, layer)
+                if updated is None and mask is None and update_pays(dys[0], sum(dy.shape[1] for dy in dys)):
+                    updated = [functools.partial(updated_weight, layer, dtype) for layer in layers]
+                for k, dy in enumerate(dys):
+                    weight = layers[k].weight.to(dtype) if updated is None else updated[k]()
                     dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
                 assert dx is not None
-                if not update:
+                if updated is None:
                     a = _stacked([layer.lora_a for layer in layers], dtype)
                     dx = dx.addmm_(u, a) if mask is None else dx.addcmul_(u @ a, mask.to(dtype))
             if any(need.lora_a for need in needs):
@@ -106,7 +113,7 @@ def low_rank_backward(
         return dx, grads
 
 
-def _update_pays(rows: Tensor, features: int) -> bool:
+def update_pays(rows: Tensor, features: int) -> bool:
     """Whether products with ``W + s B A``, formed for one pass, cost less than a pass over the other operand's result.
 
     In 16 bits never: an update below half a unit in the last place of W would vanish.
@@ -114,9 +121,9 @@ def _update_pays(rows: Tensor, features: int) -> bool:
     return rows.device.type == "cpu" and rows.dtype.itemsize >= 4 and rows.shape[0] >= UPDATE_PAYS * features
 
 
-def _updated(weight: Tensor, layer: LoRAArguments) -> Tensor:
-    """``W + s B A``, in the dtype of `weight`."""
-    return torch.addmm(weight, layer.lora_b.to(weight.dtype), layer.lora_a.to(weight.dtype), alpha=layer.scale)
+def updated_weight(layer: LoRAArguments, dtype: torch.dtype) -> Tensor:
+    """``W + s B A`` in `dtype`."""
+    return torch.addmm(layer.weight.to(dtype), layer.lora_b.to(dtype), layer.lora_a.to(dtype), alpha=layer.scale)
 
 
 def _shrunk(dys: Sequence[Tensor], layers: Sequence[LoRAArguments], keep: float) -> Tensor:

@@ -3,18 +3,29 @@
 One layer is the simplest case. Derivations and measured choices are in ``kernels/README.md``.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
 from peftlite.kernels.dispatch import has_values, without_autocast
 from peftlite.kernels.lora_linear import lora_linear_reference
-from peftlite.kernels.low_rank import LoRAArguments, Needs, by_rank, low_rank_backward, low_rank_forward
+from peftlite.kernels.low_rank import (
+    LoRAArguments,
+    Needs,
+    by_rank,
+    low_rank_backward,
+    low_rank_forward,
+    shrunk_input,
+    update_pays,
+    updated_weight,
+)
 from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_norm
 
 EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
@@ -22,6 +33,7 @@ LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
 SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed in fp16
 LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
 SAMPLE = 16  # rows of y that this mean is taken over
+IN_CACHE = 1 << 20  # elements of W: up to here what is formed of W is still in cache when the product reads it
 
 
 class DoRAArguments(NamedTuple):
@@ -77,6 +89,12 @@ def weight_decomposed_forward(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """``y (M, out)`` of each layer, ``h = x̃ Aᵀ (M, Σ r)`` and the norms ``n (out,)``; no other M x out tensor is made."""
     with without_autocast(x.device):
+        if _can_be_formed(x, layers, mask) and all(
+            layer.weight.numel() <= IN_CACHE or update_pays(x, x.shape[1]) for layer in layers
+        ):
+            h = shrunk_input(x, [layer.low_rank for layer in layers], mask)
+            formed = [_formed(x, layer) for layer in layers]
+            return [y for y, _ in formed], h, [norm for _, norm in formed]
         ys, h = low_rank_forward(x, [layer.low_rank for layer in layers], mask, keep)
         hs = by_rank(h, layers, 1)
         norms = []
@@ -114,18 +132,21 @@ def weight_decomposed_backward(
     x and y are read for the gradient of the magnitude, and with `norm_grad` for those of the factors; x for that of lora_a.
     """
     with without_autocast(dys[0].device):
+        formed = need_x and _can_be_formed(dys[0], layers, mask) and all(_forming_pays(len(dys[0]), of) for of in layers)
         inner_grads: list[Tensor] = []
         dms: list[Tensor | None] = []
+        gains: list[Tensor] = []
         for dy, y, layer, h, norm, need in zip(dys, ys, layers, hs, norms, needs, strict=True):
             magnitude = layer.magnitude.to(norm.dtype)
             gain = magnitude / norm
+            gains.append(gain)
             if not (need.magnitude or (norm_grad and (need.lora_a or need.lora_b))):
-                inner_grads.append((dy * gain).to(dy.dtype))
+                inner_grads.append(dy if formed else (dy * gain).to(dy.dtype))
                 dms.append(None)
                 continue
             assert x is not None
             assert y is not None
-            inner_grad, dm = scale_columns_backward(dy, y, gain, layer.bias)
+            inner_grad, dm = scale_columns_backward(dy, y, gain, layer.bias, scaled=not formed)
             dm /= magnitude
             lost = _lost_columns(y, layer.bias, gain, dm)
             if lost is not None:
@@ -134,9 +155,15 @@ def weight_decomposed_backward(
             inner_grads.append(inner_grad)
             dms.append(dm)
         factors = [Needs(need.lora_a, need.lora_b) for need in needs]
-        dx, pairs = low_rank_backward(inner_grads, x, [layer.low_rank for layer in layers], hs, mask, keep, need_x, factors)
+        inside, updated = [layer.low_rank for layer in layers], None
+        if formed:  # the gain goes to B and to W + s B A, and not to dy
+            updated = [functools.partial(_gained, layer, gain) for layer, gain in zip(layers, gains, strict=True)]
+            inside = [of._replace(lora_b=gain[:, None] * of.lora_b) for of, gain in zip(inside, gains, strict=True)]
+        dx, pairs = low_rank_backward(inner_grads, x, inside, hs, mask, keep, need_x, factors, updated)
         grads: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
-        for (da, db), total, layer, norm, need in zip(pairs, dms, layers, norms, needs, strict=True):
+        for (da, db), total, layer, norm, gain, need in zip(pairs, dms, layers, norms, gains, needs, strict=True):
+            if formed and db is not None:
+                db = (gain[:, None] * db).to(layer.lora_b.dtype)
             if norm_grad and total is not None:
                 extra_a, extra_b = inverse_norm_gradients(
                     layer.weight, layer.lora_a, layer.lora_b, layer.scale, total * layer.magnitude, norm, EPS
@@ -145,6 +172,41 @@ def weight_decomposed_backward(
                 db = None if db is None else db + extra_b
             grads.append((da, db, total.to(layer.magnitude.dtype) if total is not None and need.magnitude else None))
         return dx, grads
+
+
+def _can_be_formed(rows: Tensor, layers: Sequence[DoRAArguments], mask: Tensor | None) -> bool:
+    """Whether ``g ⊙ (W + s B A)`` may stand for the branches: not in 16 bits, where small updates would vanish.
+
+    W is contiguous, so that the norms are summed as `row_norm` does, and are those of birth to the bit.
+    """
+    if mask is not None or rows.dtype.itemsize < 4 or rows.device.type != "cpu":
+        return False
+    return all(
+        type(layer.weight) in (Tensor, Parameter)
+        and layer.weight.is_contiguous()
+        and layer.weight.dtype == layer.magnitude.dtype == rows.dtype
+        for layer in layers
+    )
+
+
+def _forming_pays(rows: int, layer: DoRAArguments) -> bool:
+    """Whether forming ``g ⊙ (W + s B A)`` in the backward pass costs less than what it spares: D, and a pass over dx."""
+    out, features = layer.weight.shape
+    return rows * (3 * out + 2 * features) >= 4 * out * features
+
+
+def _gained(layer: DoRAArguments, gain: Tensor) -> Tensor:
+    """``g ⊙ (W + s B A)``, in the dtype of W."""
+    return updated_weight(layer.low_rank, layer.weight.dtype).mul_(gain[:, None])
+
+
+def _formed(x: Tensor, layer: DoRAArguments) -> tuple[Tensor, Tensor]:
+    """``y = x (g ⊙ (W + s B A))ᵀ + b`` and the norms n."""
+    whole = updated_weight(layer.low_rank, x.dtype)
+    # Squared and rooted as `row_norm` does, which gives the magnitude at birth.
+    norm = torch.linalg.vector_norm(whole, dim=1).square_().sqrt_().clamp_min_(EPS)
+    whole.mul_((layer.magnitude / norm)[:, None])
+    return F.linear(x, whole, None if layer.bias is None else layer.bias.to(x.dtype)), norm
 
 
 def _inner_columns(columns: Tensor, x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> Tensor:

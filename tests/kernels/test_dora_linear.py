@@ -1,11 +1,14 @@
 import itertools
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import NAMES, cases, make_case
 
 from peftlite.kernels import dora_linear as module
+from peftlite.kernels import weight_decomposed
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.row_norm import row_norm
 
@@ -18,10 +21,19 @@ def test_memory_is_poisoned():
     assert module.torch.empty_like(torch.ones(3)).isnan().all()
 
 
+@contextmanager
+def never_formed():
+    """As for a W that is too large for the cache: ``g ⊙ (W + s B A)`` is not formed, the branches run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_decomposed, "_can_be_formed", lambda *_: False)
+        yield
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(case=cases(dora=True))
-def test_output_and_every_gradient_lie_within_the_budget(case):
-    case.check()
+@given(case=cases(dora=True), branches=st.booleans())
+def test_output_and_every_gradient_lie_within_the_budget(case, branches):
+    with never_formed() if branches else nullcontext():
+        case.check()
 
 
 @pytest.mark.parametrize("norm_grad", [False, True])
@@ -29,6 +41,39 @@ def test_output_and_every_gradient_lie_within_the_budget(case):
 def test_every_choice_of_what_trains(needs, norm_grad):
     for dropout in (0.0, 0.4):
         make_case(7, 5, 11, 3, dora=True, needs=needs, options={"dropout": dropout, "norm_grad": norm_grad}).check()
+    with never_formed():
+        make_case(7, 5, 11, 3, dora=True, needs=needs, options={"norm_grad": norm_grad}).check()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "in_cache", "expected"), [(7, 1 << 20, 1), (30, 1 << 20, 2), (30, 100, 1), (79, 100, 1), (80, 100, 2)]
+)
+def test_where_the_whole_weight_is_formed(rows, in_cache, expected, bias, monkeypatch):
+    """Forward where W is small or the rows are twice its features, backward where the rows spare more than W costs."""
+    formed, form = [], weight_decomposed.updated_weight
+    monkeypatch.setattr(weight_decomposed, "updated_weight", lambda *a: formed.append(1) or form(*a))
+    monkeypatch.setattr(weight_decomposed, "IN_CACHE", in_cache)
+    case = make_case(rows, 40, 29, 4, dora=True, x=torch.float32, bias=bias)
+    case.results("torch")
+    assert len(formed) == expected
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("x", "stored", "dropout"),
+    [
+        (torch.bfloat16, torch.bfloat16, 0.0),
+        (torch.float16, torch.float32, 0.0),
+        (torch.float32, torch.bfloat16, 0.0),
+        (torch.float32, torch.float32, 0.3),
+    ],
+)
+def test_where_it_never_is(x, stored, dropout, monkeypatch):
+    """An update would vanish in 16 bits, and under dropout W and A read different inputs."""
+    monkeypatch.setattr(weight_decomposed, "_formed", lambda *_: pytest.fail("formed forward"))
+    monkeypatch.setattr(weight_decomposed, "_gained", lambda *_: pytest.fail("formed backward"))
+    make_case(300, 40, 29, 4, dora=True, x=x, stored=stored, options={"dropout": dropout}).check()
 
 
 @pytest.mark.parametrize("mode", ["lowrank", "peft"])
@@ -74,6 +119,9 @@ def test_extreme_gain_and_bias(x, gain, bias):
         if x == torch.float16:
             case.tensors["bias"].clamp_(max=1e3)  # fp16 ends at 65504
     case.check()
+    if x == wide:
+        with never_formed():
+            case.check()
 
 
 def test_zero_rows_of_the_weight_stay_finite():
@@ -81,20 +129,27 @@ def test_zero_rows_of_the_weight_stay_finite():
     with torch.no_grad():
         for name in ("weight", "lora_b", "magnitude"):
             case.tensors[name][:2] = 0
-    case.check()
-    assert all(value.isfinite().all() for value in case.results("torch").values())
+    for form in (nullcontext, never_formed):
+        with form():
+            case.check()
+            assert all(value.isfinite().all() for value in case.results("torch").values())
 
 
 @pytest.mark.parametrize("x", NARROW)
 @pytest.mark.parametrize("stored", NARROW)
-def test_no_bit_changes_at_birth(x, stored):
-    tensors = make_case(31, 40, 29, 4, dora=True, x=x, stored=stored).inputs()
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_bit_changes_at_birth(x, stored, transposed):
+    tensors = make_case(31, 400, 29, 4, dora=True, x=x, stored=stored).inputs()
     with torch.no_grad():
         tensors["weight"][3] = 0
         tensors["lora_b"].zero_()
+    if transposed:
+        tensors["weight"] = tensors["weight"].T.contiguous().T
     tensors["magnitude"] = row_norm(tensors["weight"], tensors["lora_a"], tensors["lora_b"], 0.5)
-    y = dora_linear(*(tensors[name] for name in NAMES), 0.5)
-    assert torch.equal(y, torch.nn.functional.linear(tensors["x"], tensors["weight"].to(x), tensors["bias"].to(x)))
+    expected = torch.nn.functional.linear(tensors["x"], tensors["weight"].to(x), tensors["bias"].to(x))
+    for form in (nullcontext, never_formed):
+        with form():
+            assert torch.equal(dora_linear(*(tensors[name] for name in NAMES), 0.5), expected)
 
 
 def test_a_consumer_that_writes_into_the_output_is_told():

@@ -110,8 +110,8 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("rows", [79, 80, 300])
 def test_many_rows_take_the_updated_weight_in_wide_dtypes_only(rows, x, bias, monkeypatch):
     formed = []
-    updated = low_rank._updated
-    monkeypatch.setattr(low_rank, "_updated", lambda *arguments: formed.append(1) or updated(*arguments))
+    updated = low_rank.updated_weight
+    monkeypatch.setattr(low_rank, "updated_weight", lambda *arguments: formed.append(1) or updated(*arguments))
     case = make_case(rows, 40, 29, 4, x=x, bias=bias)  # from 80 rows on in the forward, from 58 on in the backward pass
     case.results("torch")
     assert len(formed) == (0 if x == torch.bfloat16 else 1 if rows < 80 else 2)

@@ -113,14 +113,13 @@ def test_the_meter_sees_temporaries():
 @pytest.mark.parametrize("rows", [500, 1024])
 @pytest.mark.parametrize("dora", [False, True])
 def test_forward_makes_one_output_and_backward_one_gradient(dora, rows):
-    """And with many rows the updated weight, which is at most half as large, while its product runs."""
+    """And with many rows the updated weight while its product runs, in DoRA's forward pass with any where W is small."""
     case = make_case(rows, 256, 384, 4, dora=dora)
     forward, backward = peaks(case)
     y, dx, small = 4 * rows * 384, 4 * rows * 256, 4 * 4 * (rows + 384 + 256)  # small: h, and what has the shape of A or B
-    updated = 4 * 256 * 384 if rows == 1024 else 0
-    assert updated <= y / 2
-    assert forward < y + updated + 3 * small
-    assert backward < (y if dora else 0) + dx + updated + 4 * small
+    updated = 4 * 256 * 384
+    assert forward < y + (updated if dora or rows == 1024 else 0) + 3 * small
+    assert backward < dx + (updated if dora or rows == 1024 else 0) + 4 * small
 
 
 def test_a_16_bit_weight_is_never_whole_in_fp32():
