@@ -116,8 +116,7 @@ def dora_linears(
         from peftlite.kernels.dora_linear_triton import dora_linears_triton
 
         return dora_linears_triton(x, layers, dropout, norm_grad)
-    mask = draw_keep_mask(x, dropout)
-    keep = 1.0 - dropout
+    mask, keep = draw_keep_mask(x, dropout)
     squares = [None] * len(layers) if base_squares is None else base_squares
     if mask is not None and dropout_mode == "peft":
         dropped = x * mask / keep

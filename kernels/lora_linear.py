@@ -47,7 +47,8 @@ def lora_linear(
         lora_a: ``(r, in)``.
         lora_b: ``(out, r)``.
         scale: the factor ``s``.
-        dropout: probability of dropping an element of `x` on the low-rank path only; pass 0 in evaluation.
+        dropout: probability of dropping an element of `x` on the low-rank path only, rounded to a multiple of 2⁻¹⁶; pass 0
+            in evaluation.
         impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
@@ -88,8 +89,7 @@ def lora_linears(x: Tensor, layers: Sequence[LoRAArguments], *, dropout: float =
         from peftlite.kernels.lora_linear_triton import lora_linears_triton
 
         return lora_linears_triton(x, layers, dropout)
-    mask = draw_keep_mask(x, dropout)
-    keep = 1.0 - dropout
+    mask, keep = draw_keep_mask(x, dropout)
     if implementation == "reference":
         return [lora_linear_reference(x, *layer, mask, keep) for layer in layers]
     rows = x.reshape(-1, x.shape[-1])

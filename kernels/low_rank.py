@@ -139,7 +139,8 @@ def _shrunk(dys: Sequence[Tensor], layers: Sequence[LoRAArguments], keep: float)
 
 def _scaled(layer: LoRAArguments, keep: float, dtype: torch.dtype) -> Tensor:
     """``s B / keep`` in `dtype`, rounded once."""
-    return (layer.lora_b * (layer.scale / keep)).to(dtype)
+    wide = torch.promote_types(layer.lora_b.dtype, dtype)
+    return (layer.lora_b.to(wide) * (layer.scale / keep)).to(dtype)
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 
 from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
@@ -182,10 +181,7 @@ def _can_be_formed(rows: Tensor, layers: Sequence[DoRAArguments], mask: Tensor |
     if mask is not None or rows.dtype.itemsize < 4 or rows.device.type != "cpu":
         return False
     return all(
-        type(layer.weight) in (Tensor, Parameter)
-        and layer.weight.is_contiguous()
-        and layer.weight.dtype == layer.magnitude.dtype == rows.dtype
-        for layer in layers
+        layer.weight.is_contiguous() and layer.weight.dtype == layer.magnitude.dtype == rows.dtype for layer in layers
     )
 
 

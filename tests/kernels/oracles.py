@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peftlite.kernels.dispatch import draw_keep_mask
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
 
@@ -83,7 +84,7 @@ class Case:
             options: dict[str, Any] = {"dtype": dtype, "dense": impl == "oracle"}
             dropout = self.options.get("dropout", 0.0)
             if dropout:
-                options |= {"mask": torch.rand(x.shape) >= dropout, "keep": 1 - dropout}
+                options |= dict(zip(("mask", "keep"), draw_keep_mask(x, dropout), strict=True))
             arguments[0] = arguments[0].to(dtype)
             if is_dora:
                 options |= {"mode": self.options.get("dropout_mode", "lowrank")}
@@ -100,12 +101,25 @@ class Case:
             return {name: oracle[name] + ratio * (value - oracle[name]) for name, value in results.items()}
         return results
 
+    def terms_of_lora_b(self) -> Tensor:
+        """``s Σ_i |g dy_i| |h_i|``: the gradient of B is a sum whose rounding grows with its terms, though they cancel."""
+        x, weight, _, a, b, *magnitude = (None if t is None else t.detach().double() for t in map(self.tensors.get, NAMES))
+        torch.manual_seed(self.seed)
+        mask, keep = draw_keep_mask(self.tensors["x"], self.options.get("dropout", 0.0))
+        h = (x if mask is None else x * mask / keep).flatten(0, -2) @ a.T
+        dy = self.dy.double().flatten(0, -2)
+        if magnitude[0] is not None:
+            dy = dy * magnitude[0] / torch.linalg.vector_norm(weight + self.scale * b @ a, dim=1).clamp_min(EPS)
+        return abs(self.scale) * dy.abs().T @ h.abs()
+
     def check(self, impls: Iterable[str] = ("torch", "reference")) -> None:
         """Output and every gradient of each implementation lie within the budget."""
         oracle, eager = self.results("oracle"), self.results("eager")
         # The exact gradient is a sum of two that may cancel: each of them brings rounding of its own size.
         detached = replace(self, options=self.options | {"norm_grad": False}) if "magnitude" in self.tensors else self
         scales = {name: t.abs() + (oracle[name] - t).abs() for name, t in detached.results("oracle").items()}
+        if "lora_b" in scales:
+            scales["lora_b"] = scales["lora_b"] + self.terms_of_lora_b()
         for impl in impls:
             actual = self.results(impl)
             assert actual.keys() == oracle.keys()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlite import DoRALinear, inject_adapters, merge_adapters, param_groups
+from peftlite.kernels.dispatch import draw_keep_mask
 
 DORA = ("dora", {})
 
@@ -228,7 +229,7 @@ def with_dropout(layer: DoRALinear, x: Tensor, keep: Tensor, mode: str) -> dict[
     """Output and gradients of the two formulas with the mask `keep`, in the dtype of x."""
     w, a, b = layer.weight, layer.lora_a, layer.lora_b
     x = x.detach().requires_grad_()
-    dropped = x * keep / 0.6
+    dropped = x * keep / 0.625
     gain = layer.magnitude / (w + layer.scale * b @ a).norm(dim=1).detach()
     if mode == "peft":
         y = x @ w.T + (gain - 1) * (dropped @ w.T) + gain * layer.scale * (dropped @ a.T @ b.T)
@@ -241,14 +242,14 @@ def with_dropout(layer: DoRALinear, x: Tensor, keep: Tensor, mode: str) -> dict[
 @pytest.mark.parametrize("mode", ["lowrank", "peft"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_meaning_of_dropout(mode: str, bias: bool) -> None:
-    layer = make_layer(DORA, 13, 8, 3, bias=bias, dropout=0.4, dropout_mode=mode).train()
+    layer = make_layer(DORA, 13, 8, 3, bias=bias, dropout=0.375, dropout_mode=mode).train()
     perturb(layer)
     x = torch.randn(6, 13).requires_grad_()
     torch.manual_seed(5)
     y = layer(x)
     actual = {"y": y.detach(), **gradients(y, layer, x)}
     torch.manual_seed(5)
-    keep = torch.rand(x.shape) >= 0.4
+    keep, _ = draw_keep_mask(x, 0.375)
     eager = with_dropout(layer, x, keep, mode)
     for name, oracle in with_dropout(copy.deepcopy(layer).double(), x.double(), keep, mode).items():
         assert_within_budget(name, actual[name], eager[name], oracle, torch.float32)
