@@ -21,21 +21,17 @@ ADAPTER = ("lora_a", "lora_b", "magnitude")
 DROPOUT = 0.25  # a multiple of 2⁻¹⁶, so that the oracle divides by the same probability
 
 
-class SameMask:
-    """`torch` for the oracle, whose `rand` answers with the kernels' mask: 1 where it keeps, 0 where it drops."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    @staticmethod
-    def rand(shape):
-        seed = torch.randint(2**62, (1,)).item()
-        return keep_mask_reference(seed, math.prod(shape[:-1]), shape[-1], DROPOUT).double().reshape(shape)
+def kernels_mask(x, dropout):
+    """The mask that the kernels draw, in the place of `draw_keep_mask`."""
+    if not dropout:
+        return None, 1.0
+    seed = torch.randint(2**62, (1,)).item()
+    return keep_mask_reference(seed, math.prod(x.shape[:-1]), x.shape[-1], dropout).reshape(x.shape), 1 - dropout
 
 
 @pytest.fixture
 def same_mask(monkeypatch):
-    monkeypatch.setattr(oracles, "torch", SameMask())
+    monkeypatch.setattr(oracles, "draw_keep_mask", kernels_mask)
 
 
 def check(*shape, **options):
@@ -78,7 +74,7 @@ def test_storage_layouts_and_options(dora, options):
 def test_large_ranks(dora, rank):
     for dropout in (0.0, DROPOUT) if rank == 100 else (0.0,):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(oracles, "torch", SameMask())
+            patch.setattr(oracles, "draw_keep_mask", kernels_mask)
             check(5, 40, 24, rank, dora=dora, x=HALF, options={"dropout": dropout})
 
 
