@@ -38,11 +38,11 @@ def low_rank_forward(
         h = shrunk_input(x, layers, mask)
         ys = []
         for layer, part in zip(layers, by_rank(h, layers, 1), strict=True):
-            weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+            bias = None if layer.bias is None else layer.bias.to(dtype)
             if mask is None and update_pays(x, x.shape[1]):
                 ys.append(F.linear(x, updated_weight(layer, dtype), bias))
             else:
-                y = F.linear(x, weight, bias)
+                y = F.linear(x, layer.weight.to(dtype), bias)
                 ys.append(y.addmm_(part, layer.lora_b.to(dtype).T, alpha=layer.scale / keep))
         return ys, h
 
