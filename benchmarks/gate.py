@@ -165,11 +165,28 @@ def _run(
     """Outputs for one x, and the gradients of ``Σ (y * upstream).sum()`` in x and the adapters' tensors."""
     x = x.clone().requires_grad_()
     ys = [forward(x) for forward in forwards]
-    tensors = {f"{index} d {key}": value for index, each in enumerate(formulas) for key, value in each.tensors.items()}
+    tensors = _trained(formulas)
     loss = torch.stack([(y * upstream.to(y.dtype)).sum() for y, upstream in zip(ys, upstreams, strict=True)]).sum()
     gradients = torch.autograd.grad(loss, [x, *tensors.values()])
     outputs = {f"{index} output": y.detach() for index, y in enumerate(ys)}
     return outputs | dict(zip(["0 d x", *tensors], gradients, strict=True))
+
+
+def _trained(formulas: Sequence[Formula]) -> dict[str, Tensor]:
+    return {f"{index} d {key}": value for index, each in enumerate(formulas) for key, value in each.tensors.items()}
+
+
+def _terms(formulas: Sequence[Formula], x: Tensor, upstreams: Sequence[Tensor]) -> dict[str, Tensor]:
+    """``Σ |gradient of one row of x|`` for each tensor of the `formulas`: what its gradient sums up, and may cancel there."""
+    ys = [_specified(each)(x) for each in formulas]
+    rows = torch.stack([(y * upstream).sum(-1).flatten() for y, upstream in zip(ys, upstreams, strict=True)]).sum(0)
+    tensors = _trained(formulas)
+    totals = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for row in rows:
+        gradients = torch.autograd.grad(row, list(tensors.values()), retain_graph=True)
+        for total, gradient in zip(totals.values(), gradients, strict=True):
+            total += gradient.abs()
+    return totals
 
 
 def _stacked(results: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -209,7 +226,8 @@ def check_adapters(
     One layer of each kind and shape is checked, together with those of its group, on a copy whose adapter tensors are
     perturbed, as most of a method is invisible at birth; in eval mode, since the formula knows no dropout. The error of
     plain torch in a tensor of few elements (SD-LoRA's magnitudes) may be small by luck, and so would the budget: such a
-    layer is checked on several draws, whose results are compared as one tensor.
+    layer is checked on several draws, whose results are compared as one tensor. A gradient is a sum over rows of x: its
+    budget counts the size of their parts, as what they are rounded by does not cancel with them.
 
     Args:
         name: of the candidate, for the message.
@@ -233,19 +251,22 @@ def check_adapters(
         least = min(tensor.numel() for each in formulas for tensor in each.tensors.values())
         precise = [formula(_doubled(layer)) for layer in copies]
         drawn: list[tuple[dict[str, Tensor], ...]] = []
+        sizes: list[dict[str, Tensor]] = []
         for _ in range(-(-SAMPLES // least)):
             x = torch.randn(2, 7, copies[0].in_features, generator=generator).to(device, input_dtype)
             upstreams = [torch.randn(2, 7, layer.out_features, generator=generator).to(device) for layer in copies]
             wide = [each.double() for each in upstreams]
             exact = _run(precise, [_specified(each) for each in precise], x.double(), wide)
+            sizes.append(exact | _terms(precise, x.double(), wide))
             with autocast():
                 plainly = _run(formulas, [_specified(each) for each in formulas], x, upstreams)
                 drawn.append((_run(formulas, copies, x, upstreams), plainly, exact))
         actual, plain, oracle = (_stacked(results) for results in zip(*drawn, strict=True))
+        terms = _stacked(sizes)
         for key in oracle:
             index, what = key.split(" ", 1)
             label = f"{name}: {unit[int(index)]}: {what}"
-            checks.append(compare(label, actual[key], plain[key], oracle[key], dtype=dtype))
+            checks.append(compare(label, actual[key], plain[key], oracle[key], dtype=dtype, terms=terms[key]))
     return checks
 
 

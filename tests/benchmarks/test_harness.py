@@ -210,6 +210,7 @@ def test_compare_takes_its_budget_from_plain_eager():
     budget = 2 * (0.5 + torch.finfo(torch.float32).eps * 4)
     assert compare("x", torch.tensor([2.0, -4.0]), plain, oracle) == Check("x", 1.0, budget)
     assert compare("x", plain, plain, oracle, dtype=torch.bfloat16).budget == 2 * (0.5 + 4 * 2**-7)
+    assert compare("x", plain, plain, oracle, terms=torch.tensor([9.0, 5.0])).budget == 2 * (0.5 + 9 * 2**-23)
     with pytest.raises(ValueError, match=r"x: shape \(2, 1\), expected \(2,\)"):
         compare("x", torch.ones(2, 1), plain, oracle)
 

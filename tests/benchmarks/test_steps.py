@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peftlite
-from benchmarks import steps
+from benchmarks import gate, steps
 from benchmarks.candidates import build
 from benchmarks.gate import check_adapted_model, check_adapters, check_candidate
 from benchmarks.harness import ROOT, RedGateError, require_green
@@ -63,6 +63,21 @@ def test_the_gate_sees_a_wrong_gradient_of_each_tensor(base, tensor, monkeypatch
     monkeypatch.setattr(peftlite.DoRALinear, "adapted_forward", wrong)
     checks = check_adapters("x", peftlite.adapters(adapted(base)), seed=0, **SETTINGS)
     assert names(checks) == [f"x: {layer}: d {tensor}" for layer in ("0", "2")]
+
+
+def test_the_budget_of_a_gradient_counts_the_parts_of_all_rows(base):
+    layers = [copy.deepcopy(layer).double() for layer in peftlite.adapters(adapted(base)).values()][:1] * 2
+    for layer in layers:
+        nn.init.normal_(layer.lora_b)
+    x, upstreams = torch.randn(2, 3, 12).double(), [torch.randn(2, 3, 20).double() for _ in layers]
+    terms = gate._terms([gate.own_formula(layer) for layer in layers], x, upstreams)
+    assert list(terms) == [f"{index} d {name}" for index in (0, 1) for name in ("lora_a", "lora_b", "magnitude")]
+    for name, total in terms.items():
+        parameter = layers[0].get_parameter(name.split()[-1])
+        rows = [(row, sum(dy)) for row, *dy in zip(x.flatten(0, 1), *(each.flatten(0, 1) for each in upstreams), strict=True)]
+        parts = [torch.autograd.grad((layers[0](row) * dy).sum(), parameter)[0] for row, dy in rows]
+        torch.testing.assert_close(total, torch.stack(parts).abs().sum(0))
+        assert (total > 1.01 * torch.stack(parts).sum(0).abs()).any()
 
 
 def test_the_gate_sees_a_wrong_forward_that_is_right_at_birth(base, monkeypatch):
