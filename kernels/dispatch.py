@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
-DECISIONS = 1 << 16  # probabilities of dropout are multiples of one over this
 SMALL = 100_000  # elements of the output: below, starting a Triton kernel takes longer than torch's own launches
 
 
@@ -152,29 +151,6 @@ def check_linear_shapes(
             f"{operation}: weight requires a gradient, but this operation treats it as frozen and gives none; "
             "call weight.requires_grad_(False), or train it outside an adapter."
         )
-
-
-def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
-    """Draw which elements of `x` survive dropout, a bool tensor like `x`, and the probability that one does.
-
-    The probability of a drop is `dropout` rounded to a multiple of 2⁻¹⁶, as in the Triton kernels: on CPU, where drawing
-    costs more than a product with few columns, one 64-bit number then decides on four elements. No mask where it is 0.
-    """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-    drops = min(round(dropout * DECISIONS), DECISIONS - 1)
-    keep = 1.0 - drops / DECISIONS
-    if not drops:
-        return None, keep
-    if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device) >= 1.0 - keep, keep
-    count = -(-x.numel() // 4)
-    if torch.compiler.is_compiling():  # which has no `random_`: the same numbers at twice the cost
-        numbers = torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64) ^ -(2**63)
-    else:
-        numbers = torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
-    lanes = numbers.view(torch.int16)[: x.numel()]
-    return (lanes >= drops - DECISIONS // 2).view(x.shape), keep
 
 
 def saved_tensors(operation: str, ctx: Any) -> tuple[Tensor, ...]:

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftlite.kernels.dispatch import (
-    check_linear_shapes,
-    choose,
-    compute_dtype,
-    draw_keep_mask,
-    saved_tensors,
-)
+from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, saved_tensors
+from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.lora_linear import lora_linears
 from peftlite.kernels.low_rank import LoRAArguments, by_rank, flatten, unflatten
 from peftlite.kernels.row_norm import BaseSquare, accumulation_dtype
@@ -119,7 +114,7 @@ def dora_linears(
     mask, keep = draw_keep_mask(x, dropout)
     squares = [None] * len(layers) if base_squares is None else base_squares
     if mask is not None and dropout_mode == "peft":
-        dropped = x * mask / keep
+        dropped = x * kept(mask, x.shape, x.dtype) / keep
         inner = dora_linears(dropped, layers, norm_grad=norm_grad, base_squares=squares, impl=implementation)
         # W alone, as a low-rank path of rank 0: `F.linear` would keep a cast copy of W for its backward pass.
         bare = [LoRAArguments(w, None, a[:0].detach(), b[:, :0].detach(), 0.0) for w, _, a, b, *_ in layers]
@@ -128,7 +123,6 @@ def dora_linears(
     if implementation == "reference":
         return [dora_linear_reference(x, *layer, mask, keep, norm_grad) for layer in layers]
     rows = x.reshape(-1, x.shape[-1])
-    mask = None if mask is None else mask.reshape(rows.shape)
     # See lora_linears on why compiled and eager code differ here.
     if torch.compiler.is_compiling():
         ys = [_forward_op(rows, *layer, mask, keep, norm_grad)[0] for layer in layers]

@@ -12,14 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peftlite.kernels.dispatch import (
-    check_linear_shapes,
-    choose,
-    compute_dtype,
-    draw_keep_mask,
-    saved_tensors,
-    without_autocast,
-)
+from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, saved_tensors, without_autocast
+from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.low_rank import LoRAArguments, Needs, by_rank, flatten, low_rank_backward, low_rank_forward, unflatten
 
 
@@ -93,8 +87,6 @@ def lora_linears(x: Tensor, layers: Sequence[LoRAArguments], *, dropout: float =
     if implementation == "reference":
         return [lora_linear_reference(x, *layer, mask, keep) for layer in layers]
     rows = x.reshape(-1, x.shape[-1])
-    if mask is not None:
-        mask = mask.reshape(rows.shape)
     # Compiled code sees one registered operation a layer; eager code runs the same passes without the dispatcher's
     # overhead, and profilers, FLOP counters and memory meters see each ATen call.
     if torch.compiler.is_compiling():
@@ -116,7 +108,7 @@ def lora_linear_reference(
 ) -> Tensor:
     """`lora_linear` in plain torch, for `x` of any shape and a drawn `mask`: the oracle of the tests."""
     with without_autocast(x.device):
-        dropped = x if mask is None else x * mask / keep
+        dropped = x if mask is None else x * kept(mask, x.shape, x.dtype) / keep
         base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return base + scale * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 

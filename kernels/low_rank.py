@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftlite.kernels.dispatch import without_autocast
+from peftlite.kernels.dropout import kept
 
 UPDATE_PAYS = 2  # rows for each feature that W is read along: from here on W + s B A is cheaper than the low-rank branch
 
@@ -31,7 +32,8 @@ def low_rank_forward(
 ) -> tuple[list[Tensor], Tensor]:
     """``y (M, out)`` of each layer and ``h (M, Σ r)`` for x ``(M, in)``; no other M x out tensor is made.
 
-    ``h = (x ⊙ mask) Aᵀ``, side by side: the ``1 / keep`` of dropout joins the scale, which spares passes over x.
+    ``h = (x ⊙ mask) Aᵀ``, side by side: the ``1 / keep`` of dropout joins the scale, which spares passes over x. `mask` is
+    that of `draw_keep_mask`.
     """
     with without_autocast(x.device):
         dtype = x.dtype
@@ -49,7 +51,8 @@ def low_rank_forward(
 
 def shrunk_input(x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None) -> Tensor:
     """``h = (x ⊙ mask) Aᵀ`` of each layer, side by side, ``(M, Σ r)``."""
-    return F.linear(_dropped(x, mask), _stacked([layer.lora_a for layer in layers], x.dtype))
+    dropped = x if mask is None else kept(mask, x.shape, x.dtype).mul_(x)
+    return F.linear(dropped, _stacked([layer.lora_a for layer in layers], x.dtype))
 
 
 class Needs(NamedTuple):
@@ -89,6 +92,7 @@ def low_rank_backward(
         das: Sequence[Tensor | None] = [None] * len(layers)
         if need_x or any(need.lora_a for need in needs):
             u = _shrunk(dys, layers, keep)  # s dy B, side by side
+            survives = None if mask is None else kept(mask, (len(u), layers[0].lora_a.shape[1]), dtype)
             if need_x:
                 if updated is None and mask is None and update_pays(dys[0], sum(dy.shape[1] for dy in dys)):
                     updated = [functools.partial(updated_weight, layer, dtype) for layer in layers]
@@ -98,11 +102,11 @@ def low_rank_backward(
                 assert dx is not None
                 if updated is None:
                     a = _stacked([layer.lora_a for layer in layers], dtype)
-                    dx = dx.addmm_(u, a) if mask is None else dx.addcmul_(u @ a, mask.to(dtype))
+                    dx = dx.addmm_(u, a) if survives is None else dx.addcmul_(u @ a, survives)
             if any(need.lora_a for need in needs):
                 assert x is not None
                 # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
-                da = u.T.contiguous() @ _dropped(x, mask)
+                da = u.T.contiguous() @ (x if survives is None else survives.mul_(x))
                 das = by_rank(da, layers, 0)
         grads: list[tuple[Tensor | None, Tensor | None]] = []
         for dy, layer, h, da_k, need in zip(dys, layers, hs, das, needs, strict=True):
@@ -147,10 +151,6 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if len(factors) == 1:
         return factors[0].to(dtype)
     return torch.cat([factor.to(dtype) for factor in factors])
-
-
-def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
 
 
 def by_rank(tensor: Tensor, layers: Sequence[Any], dim: int) -> Sequence[Tensor]:

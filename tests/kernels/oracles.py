@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftlite.kernels.dispatch import draw_keep_mask
 from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.lora_linear import lora_linear
 
 EPS = 1e-12  # the floor of the row norm
@@ -17,6 +17,12 @@ NAMES = ("x", "weight", "bias", "lora_a", "lora_b", "magnitude")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 13, 17, 29, 40])
 LAYOUTS = st.sampled_from(["plain", "transposed", "expanded", "strided", "batched"])
+
+
+def draw_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
+    """The mask that the operations on ATen calls draw, bool like `x`, and the probability that an element is kept."""
+    mask, keep = draw_keep_mask(x, dropout)
+    return None if mask is None else kept(mask, x.shape, torch.uint8).bool(), keep
 
 
 def lora(x, weight, bias, lora_a, lora_b, scale, *, mask=None, keep=1.0, dtype=torch.float64, dense=True):
@@ -84,7 +90,7 @@ class Case:
             options: dict[str, Any] = {"dtype": dtype, "dense": impl == "oracle"}
             dropout = self.options.get("dropout", 0.0)
             if dropout:
-                options |= dict(zip(("mask", "keep"), draw_keep_mask(x, dropout), strict=True))
+                options |= dict(zip(("mask", "keep"), draw_mask(x, dropout), strict=True))
             arguments[0] = arguments[0].to(dtype)
             if is_dora:
                 options |= {"mode": self.options.get("dropout_mode", "lowrank")}
@@ -105,7 +111,7 @@ class Case:
         """``s Σ_i |g dy_i| |h_i|``: the gradient of B is a sum whose rounding grows with its terms, though they cancel."""
         x, weight, _, a, b, *magnitude = (None if t is None else t.detach().double() for t in map(self.tensors.get, NAMES))
         torch.manual_seed(self.seed)
-        mask, keep = draw_keep_mask(self.tensors["x"], self.options.get("dropout", 0.0))
+        mask, keep = draw_mask(self.tensors["x"], self.options.get("dropout", 0.0))
         h = (x if mask is None else x * mask / keep).flatten(0, -2) @ a.T
         dy = self.dy.double().flatten(0, -2)
         if magnitude[0] is not None:

@@ -7,7 +7,7 @@ from oracles import NAMES, make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftlite.kernels import dispatch
-from peftlite.kernels.dispatch import choose, compute_dtype, draw_keep_mask, has_values
+from peftlite.kernels.dispatch import choose, compute_dtype, has_values
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
 
@@ -147,30 +147,6 @@ def test_autocast_decides_the_dtype_except_for_fp64():
     with torch.autocast("cpu", torch.bfloat16):
         assert [compute_dtype(torch.ones(1, dtype=d)) for d in dtypes] == [torch.float64, torch.bfloat16, torch.bfloat16]
     assert [compute_dtype(torch.ones(1, dtype=d)) for d in dtypes] == list(dtypes)
-
-
-@pytest.mark.parametrize("dropout", [0.05, 0.3, 0.5, 0.95])
-def test_the_mask_keeps_the_share_that_was_asked_for(dropout):
-    torch.manual_seed(0)
-    kept, keep = draw_keep_mask(torch.empty(1003, 997), dropout)
-    assert (kept.dtype, kept.shape) == (torch.bool, (1003, 997))
-    assert abs(keep - (1 - dropout)) <= 2**-17
-    # Six standard deviations of the mean of so many independent draws, of all and of each of the four that share a number.
-    deviation = 6 * (keep * (1 - keep) / kept.numel()) ** 0.5
-    assert abs(kept.double().mean() - keep) < deviation
-    lanes = kept.flatten()[: kept.numel() // 4 * 4].view(-1, 4).double()
-    assert ((lanes.mean(0) - keep).abs() < 2 * deviation).all()
-    assert ((lanes.T.cov() / (keep * (1 - keep)) - torch.eye(4)).abs() < 12 / len(lanes) ** 0.5).all()
-    torch.manual_seed(0)
-    assert torch.equal(draw_keep_mask(torch.empty(1003, 997), dropout)[0], kept)
-
-
-@pytest.mark.parametrize(("dropout", "drops"), [(0.0, 0), (1e-6, 0), (2.0**-16, 1), (1 - 1e-9, 2**16 - 1)])
-def test_dropout_is_a_multiple_of_a_power_of_two(dropout, drops):
-    mask, keep = draw_keep_mask(torch.empty(3), dropout)
-    assert keep == 1 - drops / 2**16
-    assert (mask is None) == (drops == 0)
-    assert draw_keep_mask(torch.empty(0, 3), 0.5)[0].shape == (0, 3)
 
 
 @pytest.mark.parametrize("dora", [False, True])

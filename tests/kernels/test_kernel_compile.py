@@ -8,6 +8,7 @@ from torch import nn
 from peftlite.kernels import dora_linear as dora_module
 from peftlite.kernels import lora_linear as lora_module
 from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.dropout import draw_keep_mask
 from peftlite.kernels.lora_linear import lora_linear
 
 
@@ -93,9 +94,9 @@ def test_one_graph_serves_every_batch_size(dora):
         assert torch.equal(y, layer(x))
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_dropout_compiles(dora):
-    layer = Layer(make_case(13, 16, 24, 4, dora=dora, options={"dropout": 0.5}))
+@pytest.mark.parametrize(("dora", "options"), [(False, {}), (True, {}), (True, {"dropout_mode": "peft"})])
+def test_dropout_compiles(dora, options):
+    layer = Layer(make_case(13, 16, 24, 4, dora=dora, options={"dropout": 0.5, **options}))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, dy = torch.randn(13, 16), torch.randn(13, 24)
     torch.manual_seed(0)
@@ -107,7 +108,7 @@ def test_dropout_compiles(dora):
 
 def arguments(rows, dora, dtype, bias, dropped, trained):
     tensors = make_case(rows, 5, 7, 2, dora=dora, x=dtype, bias=bias, needs=trained).tensors
-    mask = torch.rand(rows, 5) > 0.5 if dropped else None
+    mask = draw_keep_mask(tensors["x"], 0.5)[0] if dropped else None
     return [tensors[name] for name in NAMES if name in tensors], mask, 0.5 if dropped else 1.0
 
 

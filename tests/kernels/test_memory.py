@@ -38,7 +38,7 @@ def saved_by(**kwargs):
     return {what for what in found.values() if what not in ("weight", "bias", "lora_a", "lora_b", "magnitude")}
 
 
-H, MASK = (M, RANK, torch.float32), (M, INNER, torch.bool)
+H, MASK = (M, RANK, torch.float32), (M * INNER // 8, torch.uint8)
 N = (OUTER, torch.float32)
 
 

@@ -22,7 +22,7 @@ DROPOUT = 0.25  # a multiple of 2⁻¹⁶, so that the oracle divides by the sam
 
 
 def kernels_mask(x, dropout):
-    """The mask that the kernels draw, in the place of `draw_keep_mask`."""
+    """The mask that the kernels draw, in the place of `draw_mask`."""
     if not dropout:
         return None, 1.0
     seed = torch.randint(2**62, (1,)).item()
@@ -31,7 +31,7 @@ def kernels_mask(x, dropout):
 
 @pytest.fixture
 def same_mask(monkeypatch):
-    monkeypatch.setattr(oracles, "draw_keep_mask", kernels_mask)
+    monkeypatch.setattr(oracles, "draw_mask", kernels_mask)
 
 
 def check(*shape, **options):
@@ -74,7 +74,7 @@ def test_storage_layouts_and_options(dora, options):
 def test_large_ranks(dora, rank):
     for dropout in (0.0, DROPOUT) if rank == 100 else (0.0,):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(oracles, "draw_keep_mask", kernels_mask)
+            patch.setattr(oracles, "draw_mask", kernels_mask)
             check(5, 40, 24, rank, dora=dora, x=HALF, options={"dropout": dropout})
 
 
