@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # The names that BERT checkpoints use in `hidden_act`; the tanh forms are one formula under three names.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -102,11 +103,33 @@ class BertEmbeddings(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
     """`dropout(softmax(q kᵀ / √hs + mask)) v`, `(B, nh, T, hs)` each (Vaswani et al. 2017, arXiv:1706.03762, §3.2)."""
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        # torch's CPU kernel takes ten times as long backward in bf16 as these lines (torch 2.13)
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))  # (B, 1, 1, T)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # (B, nh, T, T)
-        return F.dropout(scores.softmax(-1), dropout) @ v
+        return PlainAttention.apply(q, k, v, mask, dropout)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class PlainAttention(torch.autograd.Function):
+    """The same in single products: torch's CPU kernel takes ten times as long backward in bf16 (torch 2.13).
+
+    It saves q, k and v as they come, in the storage of the linears' outputs; autograd would save contiguous copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))  # (B, 1, 1, T)
+        p = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).add_(bias).softmax(-1)  # (B, nh, T, T)
+        kept = F.dropout(torch.ones_like(p), dropout) if dropout else None  # (B, nh, T, T), 0 or 1 / (1 - dropout)
+        ctx.save_for_backward(q, k, v, p, kept)
+        return (p if kept is None else p * kept) @ v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, p, kept = ctx.saved_tensors
+        dp = dy @ v.transpose(-2, -1)  # (B, nh, T, T)
+        dv = (p if kept is None else p * kept).transpose(-2, -1) @ dy  # (B, nh, T, hs)
+        ds = torch.ops.aten._softmax_backward_data(dp if kept is None else dp * kept, p, -1, p.dtype)  # (B, nh, T, T)
+        ds *= q.shape[-1] ** -0.5
+        return ds @ k, ds.transpose(-2, -1) @ q, dv, None, None
 
 
 class BertSelfAttention(nn.Module):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from examples.minbert_multitask.model import ACTIVATIONS, BertConfig, BertModel, attention
 from examples.minbert_multitask.weights import load_bert
@@ -150,25 +151,36 @@ def test_autocast_attends_in_bfloat16(monkeypatch, grad):
     assert hidden.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_plain_attention_is_as_good_as_the_fused_kernel(dtype):
+def test_plain_attention_is_as_good_as_the_formula(dtype, dropout):
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(3, 4, 11, 8, dtype=dtype) for _ in range(4))
     mask = (torch.arange(11) < torch.tensor([11, 1, 6])[:, None])[:, None, None, :]
 
     def run(function, dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        torch.manual_seed(1)
         out = function(*leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
     def by_hand(q, k, v):  # what the lines compute, with nothing chosen for speed
-        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1) @ v
+        p = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf")).softmax(-1)
+        return (p * F.dropout(torch.ones_like(p, dtype=dtype), dropout)) @ v
 
-    ours = run(lambda q, k, v: attention(q, k, v, mask, 0.0), dtype)
+    ours = run(lambda q, k, v: attention(q, k, v, mask, dropout), dtype)
     for actual, eager, oracle in zip(ours, run(by_hand, dtype), run(by_hand, torch.float64), strict=True):
         assert actual.dtype == dtype
         assert_as_good_as(actual, eager, oracle)
+
+
+def test_plain_attention_saves_no_copy_of_what_it_is_given():
+    q, k, v = (torch.randn(2, 5, 3, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        attention(*(t.transpose(1, 2) for t in (q, k, v)), torch.ones(2, 1, 1, 5, dtype=torch.bool), 0.0)
+    known = {t.untyped_storage().data_ptr() for t in (q, k, v)}
+    assert [tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in known] == [(2, 3, 5, 5)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
