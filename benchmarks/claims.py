@@ -57,6 +57,7 @@ def _claims() -> Iterator[Claim]:
         yield Claim(cell, "peft DoRA / ours", "step", dora, at_least=True)
     for cell, limit in ((plain, 1.07), (half, 1.08)):
         yield Claim(cell, "ours DoRA / ours LoRA", "step", limit)
+    yield Claim(plain, "DoRA one by one / LoRA one by one", "step", 1.1)
     yield Claim(plain, "ours LoRA / full", "step", 0.72)
     yield Claim(plain, "ours DoRA / full", "step", 0.77)
     yield Claim(half, "ours LoRA / full fp32", "step", 3.3, at_least=True, inverse=True)

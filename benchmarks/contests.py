@@ -41,6 +41,7 @@ def contests(names: Sequence[str], autocast: bool) -> list[Contest]:
         if autocast:
             found.append(Contest(f"ours {LABELS[method]} / full fp32", tuple(candidates), (f"{BASELINE}@fp32",)))
         found.append(Contest(f"grouped {LABELS[method]} / one by one", (f"{method}-grouped",), (method,)))
+    found.append(Contest("DoRA one by one / LoRA one by one", ("dora",), ("lora",)))
     if autocast:
         found.append(Contest("full / full fp32", (BASELINE,), (f"{BASELINE}@fp32",)))
     known = set(names)
