@@ -53,8 +53,9 @@ def _claims() -> Iterator[Claim]:
     plain, dropped = {"amp": "off", "dropout": 0.0}, {"amp": "off", "dropout": 0.05}
     half, half_dropped = {"amp": "bf16", "dropout": 0.0}, {"amp": "bf16", "dropout": 0.05}
     for cell, lora, dora in ((plain, 1.05, 1.22), (dropped, 1.15, 2.2), (half, 1.0, 1.9), (half_dropped, 1.4, 3.2)):
-        yield Claim(cell, "peft LoRA / ours", "step", lora, at_least=True)
-        yield Claim(cell, "peft DoRA / ours", "step", dora, at_least=True)
+        for kind in ("", "mixed-precision ") if cell["amp"] == "bf16" else ("",):
+            yield Claim(cell, f"peft {kind}LoRA / ours", "step", lora, at_least=True)
+            yield Claim(cell, f"peft {kind}DoRA / ours", "step", dora, at_least=True)
     for cell, limit in ((plain, 1.07), (half, 1.08)):
         yield Claim(cell, "ours DoRA / ours LoRA", "step", limit)
     yield Claim(plain, "DoRA one by one / LoRA one by one", "step", 1.1)

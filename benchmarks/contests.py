@@ -31,8 +31,12 @@ def contests(names: Sequence[str], autocast: bool) -> list[Contest]:
     found = []
     for peer in PEERS:
         for method in LIBRARIES[peer].methods:
-            title = f"{peer} {LABELS[method]} / ours"
-            found.append(Contest(title, tuple(of_library(names, peer, method)), tuple(own[method]), peer))
+            of_peer, label = of_library(names, peer, method), LABELS[method]
+            found.append(Contest(f"{peer} {label} / ours", tuple(of_peer), tuple(own[method]), peer))
+            # Adapters in 16 bits are another way to train than ours are in; without them the two do the same.
+            mixed = [name for name in of_peer if not name.endswith("@bf16-all")]
+            if mixed != of_peer:
+                found.append(Contest(f"{peer} mixed-precision {label} / ours", tuple(mixed), tuple(own[method]), peer))
     for library in LIBRARIES:
         lora, dora = (of_library(names, library, method) for method in ("lora", "dora"))
         found.append(Contest(f"{library} DoRA / {library} LoRA", tuple(dora), tuple(lora)))
