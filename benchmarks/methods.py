@@ -37,13 +37,13 @@ RESULTS = {
 OUTPUT, SMALL_OUTPUT = Path("runs/methods"), Path("runs/bench/methods")
 _FEW = {"epochs": 1, "batch_size": 16, "search_examples": 64, "held_examples": 32, "grid": 1, "grow": 0}
 SMALL: dict[str, dict[str, int]] = {  # what --small sets, where the command line does not
-    "cost": {"rounds": 3, "warmup": 1},
+    "cost": {"rounds": 2, "warmup": 1},
     "accuracy": _FEW,
     "intruders": _FEW,
     "qlora": {"examples": 64, "batch_size": 16},
 }
 # Every kind of recipe: without adapters, with a controller, with shared tensors, on a quantised base, at other ranks.
-SMALL_NAMES = ["full", "linear-probe", "bitfit", "lora", "dora", "vera", "dylora", "lora-fp32", "qlora", "lora-r1", "lora-r64"]
+SMALL_NAMES = ["full", "linear-probe", "lora", "dora", "vera", "dylora", "lora-fp32", "qlora", "lora-r1", "lora-r64"]
 
 
 def _names(text: str) -> list[str]:
