@@ -1,4 +1,4 @@
-"""Dropout masks on ATen calls, kept as bits: one eighth of a byte an element is all that a backward pass waits with."""
+"""Which probabilities dropout knows, and masks on ATen calls, kept as bits: a backward pass waits with 1/8 byte an element."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DECISIONS = 1 << 16  # probabilities are multiples of one over this, as in the Triton kernels
+LEVELS = 1 << 16  # probabilities are multiples of 1 / LEVELS, here and in the Triton kernels
 # A 64-bit number of eight bytes that are 0 or 1, times this, has byte k as bit k of its uppermost byte: 2^(8 k + 56 - 7 j)
 # lies there for j = k only, and no two of the products share a bit, so that nothing is carried.
 GATHER = sum(1 << (56 - 7 * k) for k in range(8))
+
+
+def drop_threshold(dropout: float) -> int:
+    """The draws below this number, of 65536, drop their element: `dropout` rounded to the nearest such share, never all.
+
+    Raises:
+        ValueError: if `dropout` is not in [0, 1).
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+    return min(round(dropout * LEVELS), LEVELS - 1)
+
+
+def keep_probability(dropout: float) -> float:
+    """The probability ``1 - p`` with which elements are in fact kept; divide by this one, not by ``1 - dropout``."""
+    return 1.0 - drop_threshold(dropout) / LEVELS
 
 
 def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
@@ -25,10 +41,7 @@ def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
     Raises:
         ValueError: if `dropout` is not in [0, 1).
     """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-    drops = min(round(dropout * DECISIONS), DECISIONS - 1)
-    keep = 1.0 - drops / DECISIONS
+    drops, keep = drop_threshold(dropout), keep_probability(dropout)
     if not drops:
         return None, keep
     # Compiled code has no `random_`, and draws the same numbers by a registered operation.
@@ -37,7 +50,7 @@ def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
 
 def _draw(x: Tensor, drops: int) -> Tensor:
     numbers = torch.empty(-(-x.numel() // 8) * 2, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    decisions = numbers.view(torch.int16) >= drops - DECISIONS // 2
+    decisions = numbers.view(torch.int16) >= drops - LEVELS // 2
     return (decisions.view(torch.int64) * GATHER).view(torch.uint8)[7::8].contiguous()
 
 

@@ -15,24 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LEVELS = 1 << 16  # probabilities are multiples of 1 / LEVELS
+from peftlite.kernels.dropout import drop_threshold
+
 ROUNDS = tl.constexpr(7)
-
-
-def drop_threshold(dropout: float) -> int:
-    """The draws below this number, of 65536, drop their element: `dropout` rounded to the nearest such share, never all.
-
-    Raises:
-        ValueError: if `dropout` is not in [0, 1).
-    """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-    return min(round(dropout * LEVELS), LEVELS - 1)
-
-
-def keep_probability(dropout: float) -> float:
-    """The probability ``1 - p`` with which elements are in fact kept; divide by this one, not by ``1 - dropout``."""
-    return 1.0 - drop_threshold(dropout) / LEVELS
 
 
 @triton.jit

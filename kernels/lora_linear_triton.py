@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from peftlite.kernels.col_shrink_triton import col_shrink
 from peftlite.kernels.dispatch import saved_tensors, without_autocast
-from peftlite.kernels.dropout_triton import keep_probability
+from peftlite.kernels.dropout import keep_probability
 from peftlite.kernels.expand_triton import expand_
 from peftlite.kernels.group_triton import alike, rows_side_by_side
 from peftlite.kernels.low_rank import LoRAArguments, flatten, unflatten

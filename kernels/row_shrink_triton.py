@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from peftlite.kernels.configs import config, fitted
-from peftlite.kernels.dropout_triton import draw_bits, drop_threshold, kept, load_bits
+from peftlite.kernels.dropout import drop_threshold
+from peftlite.kernels.dropout_triton import draw_bits, kept, load_bits
 from peftlite.kernels.group_triton import check_rows, four, pick
 from peftlite.kernels.launch_triton import architecture, launch
 from peftlite.kernels.numerics_triton import dot, input_precision, rounded

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlite.kernels import dropout
-from peftlite.kernels.dropout import draw_keep_mask, kept
+from peftlite.kernels.dropout import draw_keep_mask, drop_threshold, keep_probability, kept
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.3, 0.5, 0.95])
@@ -25,6 +25,17 @@ def test_the_mask_keeps_the_share_that_was_asked_for(probability):
     assert ((lanes.T.cov() / (keep * (1 - keep)) - torch.eye(8)).abs() < 12 / len(lanes) ** 0.5).all()
     torch.manual_seed(0)
     assert torch.equal(draw_keep_mask(x, probability)[0], mask)
+
+
+def test_probabilities_are_rounded_to_what_is_drawn():
+    assert drop_threshold(0.0) == 0
+    assert keep_probability(0.0) == 1.0
+    assert keep_probability(0.5) == 0.5
+    assert keep_probability(0.05) == 1 - 3277 / 65536
+    assert keep_probability(1 - 1e-9) == 1 / 65536
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
+            drop_threshold(wrong)
 
 
 @pytest.mark.parametrize(("probability", "drops"), [(0.0, 0), (1e-6, 0), (2.0**-16, 1), (1 - 1e-9, 2**16 - 1)])

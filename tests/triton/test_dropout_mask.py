@@ -5,13 +5,7 @@ import torch
 from guarded import Guards, draw_mask
 
 from peftlite.kernels import row_shrink_triton
-from peftlite.kernels.dropout_triton import (
-    drop_threshold,
-    keep_mask_reference,
-    keep_probability,
-    philox_reference,
-    unpack_mask,
-)
+from peftlite.kernels.dropout_triton import keep_mask_reference, philox_reference, unpack_mask
 from peftlite.kernels.row_shrink_triton import row_shrink
 
 SEED = 0x1234_5678_9ABC_DEF
@@ -55,17 +49,6 @@ def test_as_many_are_dropped_as_asked(dropout):
     for axis in (0, 1):  # no rows or columns that are dropped together
         shares = mask.double().mean(axis)
         assert (shares - shares.mean()).abs().max() <= 6 * (dropout * (1 - dropout) / mask.shape[axis]) ** 0.5
-
-
-def test_probabilities_are_rounded_to_what_is_drawn():
-    assert drop_threshold(0.0) == 0
-    assert keep_probability(0.0) == 1.0
-    assert keep_probability(0.5) == 0.5
-    assert keep_probability(0.05) == 1 - 3277 / 65536
-    assert keep_probability(1 - 1e-9) == 1 / 65536
-    for wrong in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
-            drop_threshold(wrong)
 
 
 @pytest.mark.parametrize("columns", [8, 100])
