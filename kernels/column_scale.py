@@ -18,9 +18,9 @@ def scale_columns(y: Tensor, gain: Tensor, shift: Tensor | None) -> None:
         shift: ``(out,)`` in the dtype of `gain`, or None for zero.
     """
     if y.dtype.itemsize == 2 and gain.dtype == torch.float32 and y.device.type == "cpu" and y.numel():
-        zero, one, unused = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+        zero, one, nowhere = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
         torch.ops.aten.native_batch_norm.out(
-            y, gain, shift, zero, one, False, 0.0, 0.0, out=y, save_mean=unused, save_invstd=unused.clone()
+            y, gain, shift, zero, one, False, 0.0, 0.0, out=y, save_mean=nowhere, save_invstd=nowhere
         )
     elif shift is None:
         torch.mul(y, gain, out=y)

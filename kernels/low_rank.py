@@ -4,7 +4,7 @@ One layer is the simplest case. Derivations and measured choices are in ``kernel
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class Needs(NamedTuple):
 
 
 def low_rank_backward(
-    dys: Sequence[Tensor],
+    dys: Iterable[Tensor],
     x: Tensor | None,
     layers: Sequence[LoRAArguments],
     hs: Sequence[Tensor],
@@ -76,7 +76,7 @@ def low_rank_backward(
     """The gradient of x, and of each layer's lora_a and lora_b, for the gradients ``dy (M, out)`` of the outputs.
 
     Args:
-        dys: of each layer.
+        dys: of each layer, taken one at a time: the next is asked for when all that reads the last is done.
         x: ``(M, in)``, read for the gradients of lora_a only.
         layers: as in the forward pass.
         hs: ``(M, r)`` of each layer, from the forward pass.
@@ -86,35 +86,44 @@ def low_rank_backward(
         needs: which others are.
         updated: form the ``W + s B A`` of each layer; without them that is done where it is cheaper than the low-rank branch.
     """
-    with without_autocast(dys[0].device):
-        dtype = dys[0].dtype
+    rows, dtype = len(hs[0]), hs[0].dtype
+    with without_autocast(hs[0].device):
+        if need_x and updated is None and mask is None and update_pays(hs[0], sum(layer.weight.shape[0] for layer in layers)):
+            updated = [functools.partial(updated_weight, layer, dtype) for layer in layers]
         dx: Tensor | None = None
-        das: Sequence[Tensor | None] = [None] * len(layers)
+        u: Tensor | None = None  # s dy B / keep, side by side
         if need_x or any(need.lora_a for need in needs):
-            u = _shrunk(dys, layers, keep)  # s dy B, side by side
-            survives = None if mask is None else kept(mask, (len(u), layers[0].lora_a.shape[1]), dtype)
+            u = hs[0].new_empty(rows, sum(layer.lora_a.shape[0] for layer in layers))
+            us = by_rank(u, layers, 1)
+        dbs: list[Tensor | None] = []
+        left = iter(dys)
+        for k, (layer, h, need) in enumerate(zip(layers, hs, needs, strict=True)):
+            dy = next(left)
+            if u is not None:
+                torch.mm(dy, _scaled(layer, keep, dtype), out=us[k])
             if need_x:
-                if updated is None and mask is None and update_pays(dys[0], sum(dy.shape[1] for dy in dys)):
-                    updated = [functools.partial(updated_weight, layer, dtype) for layer in layers]
-                for k, dy in enumerate(dys):
-                    weight = layers[k].weight.to(dtype) if updated is None else updated[k]()
-                    dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-                assert dx is not None
-                if updated is None:
-                    a = _stacked([layer.lora_a for layer in layers], dtype)
-                    dx = dx.addmm_(u, a) if survives is None else dx.addcmul_(u @ a, survives)
+                weight = layer.weight.to(dtype) if updated is None else updated[k]()
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            db = None
+            if need.lora_b:  # in most shapes cheaper on CPU than dyᵀ h
+                db = (h.T.contiguous() @ dy).T.to(layer.lora_b.dtype).mul_(layer.scale / keep).contiguous()
+            dbs.append(db)
+            del dy  # its memory may become that of the next
+        das: Sequence[Tensor | None] = [None] * len(layers)
+        if u is not None:
+            survives = None if mask is None else kept(mask, (rows, layers[0].lora_a.shape[1]), dtype)
+            if dx is not None and updated is None:
+                a = _stacked([layer.lora_a for layer in layers], dtype)
+                dx = dx.addmm_(u, a) if survives is None else dx.addcmul_(u @ a, survives)
             if any(need.lora_a for need in needs):
                 assert x is not None
                 # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
                 da = u.T.contiguous() @ (x if survives is None else survives.mul_(x))
                 das = by_rank(da, layers, 0)
-        grads: list[tuple[Tensor | None, Tensor | None]] = []
-        for dy, layer, h, da_k, need in zip(dys, layers, hs, das, needs, strict=True):
-            db = None
-            if need.lora_b:  # in most shapes cheaper on CPU than dyᵀ h
-                db = (h.T.contiguous() @ dy).T.to(layer.lora_b.dtype).mul_(layer.scale / keep).contiguous()
-            grads.append((da_k.to(layer.lora_a.dtype) if da_k is not None and need.lora_a else None, db))
-        return dx, grads
+        pairs = zip(das, dbs, layers, needs, strict=True)
+        return dx, [
+            (da.to(layer.lora_a.dtype) if da is not None and need.lora_a else None, db) for da, db, layer, need in pairs
+        ]
 
 
 def update_pays(rows: Tensor, features: int) -> bool:
@@ -128,17 +137,6 @@ def update_pays(rows: Tensor, features: int) -> bool:
 def updated_weight(layer: LoRAArguments, dtype: torch.dtype) -> Tensor:
     """``W + s B A`` in `dtype`."""
     return torch.addmm(layer.weight.to(dtype), layer.lora_b.to(dtype), layer.lora_a.to(dtype), alpha=layer.scale)
-
-
-def _shrunk(dys: Sequence[Tensor], layers: Sequence[LoRAArguments], keep: float) -> Tensor:
-    """``s dy B / keep`` of each layer, side by side, ``(M, Σ r)``."""
-    dtype = dys[0].dtype
-    if len(layers) == 1:
-        return dys[0] @ _scaled(layers[0], keep, dtype)
-    u = dys[0].new_empty(dys[0].shape[0], sum(layer.lora_b.shape[1] for layer in layers))
-    for part, dy, layer in zip(by_rank(u, layers, 1), dys, layers, strict=True):
-        torch.mm(dy, _scaled(layer, keep, dtype), out=part)
-    return u
 
 
 def _scaled(layer: LoRAArguments, keep: float, dtype: torch.dtype) -> Tensor:
@@ -155,7 +153,7 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def by_rank(tensor: Tensor, layers: Sequence[Any], dim: int) -> Sequence[Tensor]:
     """The parts of a `tensor` whose `dim` holds the ranks of all layers side by side, one for each layer."""
-    return [tensor] if len(layers) == 1 else tensor.split([layer.lora_a.shape[0] for layer in layers], dim=dim)
+    return [tensor] if len(layers) == 1 else tensor.split_with_sizes([layer.lora_a.shape[0] for layer in layers], dim)
 
 
 def flatten(layers: Sequence[tuple[Any, ...]]) -> list[Any]:

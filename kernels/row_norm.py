@@ -41,7 +41,11 @@ class BaseSquare:
     def __call__(self, image: Tensor, weight: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
         """``‖W‖² (out,)`` in `acc`, and the share of it below which a sum counts as cancelled, for ``image = W p``."""
         kept = self._kept
-        if kept is None or kept[0].dtype != acc or (has_values(image) and not torch.equal(kept[0], image)):
+        if (
+            kept is None
+            or (kept[0].dtype, kept[1].dtype) != (image.dtype, acc)
+            or (has_values(image) and not torch.equal(kept[0], image))
+        ):
             square = _base_square(weight, acc)
             kept = self._kept = image.clone(), square, square * CANCELLATION
         return kept[1:]
@@ -84,7 +88,7 @@ def row_norm(
         rank = a.shape[0]
         rows_of_a = a if base_square is None else torch.cat([a, base_square.probe(a)])
         if weight.dtype == compute and compute.itemsize == 2:
-            cross = (weight @ rows_of_a.to(compute).T).to(acc)  # W [A; p]ᵀ, (out, r + 1)
+            cross = weight @ rows_of_a.to(compute).T  # W [A; p]ᵀ, (out, r + 1)
         else:
             cross = torch.empty(b.shape[0], rows_of_a.shape[0], dtype=acc)
             for rows, w in _blocks(weight, acc):
@@ -94,8 +98,8 @@ def row_norm(
             floor = base * CANCELLATION
         else:
             base, floor = base_square(cross[:, rank], weight, acc)
-        cross = cross[:, :rank].addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale)
-        square = (cross * b).sum(1).add_(base)  # in place the product would take twice as long: the rows are strided
+        cross = cross[:, :rank].to(acc).addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale)
+        square = torch.linalg.vecdot(cross, b).add_(base)
         if not has_values(square) or torch.equal(torch.maximum(square, floor), square):
             return square.sqrt_()
         few = (square < floor).nonzero().squeeze(1)  # a square below 0 is among them

@@ -132,32 +132,30 @@ def weight_decomposed_backward(
     """
     with without_autocast(dys[0].device):
         formed = need_x and _can_be_formed(dys[0], layers, mask) and all(_forming_pays(len(dys[0]), of) for of in layers)
-        inner_grads: list[Tensor] = []
-        dms: list[Tensor | None] = []
-        gains: list[Tensor] = []
-        for dy, y, layer, h, norm, need in zip(dys, ys, layers, hs, norms, needs, strict=True):
-            magnitude = layer.magnitude.to(norm.dtype)
-            gain = magnitude / norm
-            gains.append(gain)
+        gains = [layer.magnitude.to(norm.dtype) / norm for layer, norm in zip(layers, norms, strict=True)]
+        dms: list[Tensor | None] = [None] * len(layers)
+
+        def inner_gradient(k: int) -> Tensor:
+            dy, y, layer, need = dys[k], ys[k], layers[k], needs[k]
             if not (need.magnitude or (norm_grad and (need.lora_a or need.lora_b))):
-                inner_grads.append(dy if formed else (dy * gain).to(dy.dtype))
-                dms.append(None)
-                continue
+                return dy if formed else (dy * gains[k]).to(dy.dtype)
             assert x is not None
             assert y is not None
-            inner_grad, dm = scale_columns_backward(dy, y, gain, layer.bias, scaled=not formed)
-            dm /= magnitude
-            lost = _lost_columns(y, layer.bias, gain, dm)
+            inner_grad, dm = scale_columns_backward(dy, y, gains[k], layer.bias, scaled=not formed)
+            dm /= layer.magnitude
+            lost = _lost_columns(y, layer.bias, gains[k], dm)
             if lost is not None:
-                inner = _inner_columns(lost, x, layer, h, keep)
-                dm[lost] = (inner.to(norm.dtype) * dy[:, lost]).sum(0) / norm[lost]
-            inner_grads.append(inner_grad)
-            dms.append(dm)
+                inner = _inner_columns(lost, x, layer, hs[k], keep)
+                dm[lost] = (inner.to(dm.dtype) * dy[:, lost]).sum(0) / norms[k][lost]
+            dms[k] = dm
+            return inner_grad
+
         factors = [Needs(need.lora_a, need.lora_b) for need in needs]
         inside, updated = [layer.low_rank for layer in layers], None
         if formed:  # the gain goes to B and to W + s B A, and not to dy
             updated = [functools.partial(_gained, layer, gain) for layer, gain in zip(layers, gains, strict=True)]
             inside = [of._replace(lora_b=gain[:, None] * of.lora_b) for of, gain in zip(inside, gains, strict=True)]
+        inner_grads = map(inner_gradient, range(len(layers)))  # one at a time: the memory of one serves for all
         dx, pairs = low_rank_backward(inner_grads, x, inside, hs, mask, keep, need_x, factors, updated)
         grads: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
         for (da, db), total, layer, norm, gain, need in zip(pairs, dms, layers, norms, gains, needs, strict=True):
@@ -217,16 +215,18 @@ def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> T
     They are those where m is zero, so that `dm` is not finite, those where the product may have underflowed in fp16, and
     those where the bias has swamped it.
     """
-    lost = None if not has_values(dm) or math.isfinite(dm.sum().item()) else ~dm.isfinite()
+    lost = None
     if y.dtype == torch.float16 and _exceeds(1 / gain, 1 / SMALL_GAIN):
-        small = gain.abs() < SMALL_GAIN
-        lost = small if lost is None else lost | small
-    if bias is not None and y.numel():
+        lost = gain.abs() < SMALL_GAIN
+    if bias is None or not y.numel():
+        if has_values(dm) and not math.isfinite(dm.sum().item()):
+            lost = ~dm.isfinite() if lost is None else lost | ~dm.isfinite()
+    else:
         sample = y[:: max(1, y.shape[0] // SAMPLE)]
-        share = bias / (sample - bias).abs_().sum(0)
+        share = bias / (sample - bias).abs_().sum(0)  # where m is zero, y is b, and this is not finite
         limit = LARGE_BIAS / sample.shape[0]
         if _exceeds(share, limit):
-            swamped = ~(share.abs() <= limit) & (bias != 0)
+            swamped = ~(share.abs() <= limit) & ((bias != 0) | ~dm.isfinite())
             lost = swamped if lost is None else lost | swamped
     return None if lost is None else lost.nonzero().squeeze(1)
 

@@ -124,8 +124,9 @@ def test_extreme_gain_and_bias(x, gain, bias):
             case.check()
 
 
-def test_zero_rows_of_the_weight_stay_finite():
-    case = make_case(5, 7, 6, 2, dora=True, options={"norm_grad": True})
+@pytest.mark.parametrize("rows", [5, 0])
+def test_zero_rows_of_the_weight_stay_finite(rows):
+    case = make_case(rows, 7, 6, 2, dora=True, options={"norm_grad": True})
     with torch.no_grad():
         for name in ("weight", "lora_b", "magnitude"):
             case.tensors[name][:2] = 0

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftlite.kernels.dora_linear import dora_linear
+from peftlite.kernels.dora_linear import dora_linear, dora_linears
 from peftlite.kernels.lora_linear import lora_linear
+from peftlite.kernels.weight_decomposed import DoRAArguments
 
 M, INNER, OUTER, RANK = 64, 48, 80, 4
 
@@ -120,6 +121,18 @@ def test_forward_makes_one_output_and_backward_one_gradient(dora, rows):
     updated = 4 * 256 * 384
     assert forward < y + (updated if dora or rows == 1024 else 0) + 3 * small
     assert backward < dx + (updated if dora or rows == 1024 else 0) + 4 * small
+
+
+def test_the_backward_pass_of_a_group_holds_one_scaled_gradient_at_a_time():
+    rows, size, count = 200, 384, 3
+    case = make_case(rows, size, size, RANK, dora=True)
+    leaves = case.inputs()
+    layers = [DoRAArguments(*(leaves[name] for name in NAMES[1:]), case.scale)] * count
+    ys = dora_linears(leaves["x"], layers)
+    with MemoryMeter() as meter:
+        torch.autograd.grad(ys, leaves["x"], [case.dy] * count)
+    dx = scaled = 4 * rows * size
+    assert meter.peak < dx + scaled + 4 * count * 4 * RANK * (rows + 2 * size)
 
 
 def test_a_16_bit_weight_is_never_whole_in_fp32():
