@@ -133,6 +133,7 @@ def prepare_training(
             dropout=settings.dropout,
             # Held in the dtype that autocast would cast them to, or it would do so anew in every forward
             base_dtype=torch.bfloat16 if settings.base_dtype == "bf16" else None,
+            fuse=settings.fused_names(),
             seed=settings.seed,
             **(options or {}),
         )

@@ -107,6 +107,23 @@ def test_targets():
     assert Settings(targets="query, value").target_names() == ["query", "value"]
 
 
+@pytest.mark.parametrize(
+    ("method", "targets", "together"),
+    [
+        ("lora", "all-linear", {"query", "key", "value"}),
+        ("dora", "query,value,*.intermediate.dense", {"query", "value"}),
+        ("lora", "query", set()),
+        ("vera", "attn", set()),  # has no form for layers that run together
+    ],
+)
+def test_layers_that_read_the_same_input_run_together(tiny, method, targets, together):
+    settings = tiny(method=method, targets=targets).resolved()
+    network, _ = build_network(settings)
+    prepare_training(network, settings)
+    grouped = {name.rpartition(".")[2] for name, layer in peftlite.adapters(network).items() if layer.group is not None}
+    assert grouped == together
+
+
 @pytest.mark.parametrize("backbones", [1, 2])
 @pytest.mark.parametrize(("targets", "per_layer"), [("attn", 3), ("all-linear", 6)])
 def test_injection_adapts_the_encoder_only(tiny, backbones, targets, per_layer):
