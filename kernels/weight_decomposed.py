@@ -31,7 +31,7 @@ EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birt
 LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
 SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed in fp16
 LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
-SAMPLE = 16  # rows of y that this mean is taken over
+SAMPLE = 16  # rows of y, at most, that this mean is taken over
 IN_CACHE = 1 << 20  # elements of W: up to here what is formed of W is still in cache when the product reads it
 
 
@@ -222,7 +222,7 @@ def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> T
         if has_values(dm) and not math.isfinite(dm.sum().item()):
             lost = ~dm.isfinite() if lost is None else lost | ~dm.isfinite()
     else:
-        sample = y[:: max(1, y.shape[0] // SAMPLE)]
+        sample = y[:: y.shape[0] // SAMPLE + 1]  # not a divisor, which would pick the first token of each sequence
         share = bias / (sample - bias).abs_().sum(0)  # where m is zero, y is b, and this is not finite
         limit = LARGE_BIAS / sample.shape[0]
         if _exceeds(share, limit):

@@ -11,6 +11,7 @@ from peftlite.kernels import dora_linear as module
 from peftlite.kernels import weight_decomposed
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.row_norm import row_norm
+from peftlite.kernels.weight_decomposed import _lost_columns
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 TRAINABLE = ("x", "bias", "lora_a", "lora_b", "magnitude")
@@ -122,6 +123,16 @@ def test_extreme_gain_and_bias(x, gain, bias):
     if x == wide:
         with never_formed():
             case.check()
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(32, 20), (16, 25), (8, 64), (1, 512)])
+def test_rows_at_one_place_of_each_sequence_do_not_stand_for_all(sequences, length):
+    """The first token is the same everywhere, and may give a feature nothing but its bias."""
+    inner = torch.randn(sequences, length, 6)
+    inner[:, 0] *= 1e-3
+    bias = torch.ones(6)
+    assert _lost_columns((inner + bias).flatten(0, 1), bias, torch.ones(6), torch.ones(6)) is None
+    assert _lost_columns((0.01 * inner + bias).flatten(0, 1), bias, torch.ones(6), torch.ones(6)).tolist() == list(range(6))
 
 
 @pytest.mark.parametrize("rows", [5, 0])
