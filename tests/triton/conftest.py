@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DRIVER = "test_interpreter.py"
@@ -20,6 +21,28 @@ collect_ignore = [DRIVER] if INTERPRETED else []
 collect_ignore_glob = [] if INTERPRETED else [name for name in os.listdir(os.path.dirname(__file__)) if name != DRIVER]
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # for the oracles of the operations
+
+
+def _patch_once():
+    """Let a device function put the interpreter's operations into Triton's language in its first call alone.
+
+    Triton looks through the whole language in every call, a third of the time of these tests. What a first call puts there
+    stays, or is put there again at the launch of a kernel, before any device function runs.
+    """
+    first, called = InterpretedFunction.__call__, set()
+
+    def call(function, *args, **kwargs):
+        if function.fn in called:
+            return function.rewrite()(*args, **kwargs)
+        result = first(function, *args, **kwargs)
+        called.add(function.fn)
+        return result
+
+    InterpretedFunction.__call__ = call
+
+
+if INTERPRETED:
+    _patch_once()
 
 
 class _PoisonedTorch:
