@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.interpreter import InterpretedFunction
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DRIVER = "test_interpreter.py"
@@ -29,6 +28,8 @@ def _patch_once():
     Triton looks through the whole language in every call, a third of the time of these tests. What a first call puts there
     stays, or is put there again at the launch of a kernel, before any device function runs.
     """
+    from triton.runtime.interpreter import InterpretedFunction
+
     first, called = InterpretedFunction.__call__, set()
 
     def call(function, *args, **kwargs):
