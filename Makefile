@@ -6,6 +6,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
+# pip leaves the byte code to the first import (see INSTALL); where none may be kept, every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test aot bench bench-full docs clean
 
 PYTHON ?= python3

@@ -2,7 +2,7 @@
 
 Run as a script in a folder that holds a copy of the repository, with TRITON_INTERPRET=1: it breaks the copy in one place
 after the other, runs the tests named beside it, and prints how each run ended. Each run is a fork of this process, which has
-imported torch and Triton already.
+imported all but the library and its tests already, and takes assertions as they are: no message of theirs is read.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ def run(tests: tuple[str, ...]) -> tuple[int, str]:
         os.close(reader)
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            status = int(pytest.main([*tests, "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--durations=0"]))
+            status = int(pytest.main([*tests, "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--assert=plain"]))
         with os.fdopen(writer, "w") as pipe:
             pipe.write(output.getvalue()[-2000:])
         os._exit(status)
@@ -130,7 +130,8 @@ def main(root: Path) -> None:
     """Print, as JSON, how the tests end on the unbroken copy (under ``""``) and on each mutant, by name."""
     sys.path.insert(0, str(root))
     os.chdir(root)
-    import torch  # noqa: F401  # for the forks
+    import hypothesis  # noqa: F401  # these are for the forks
+    import torch  # noqa: F401
     import triton  # noqa: F401
 
     ends = {"": [run(tests) for tests in dict.fromkeys(mutant.tests for mutant in MUTANTS)]}

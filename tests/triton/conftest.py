@@ -22,6 +22,30 @@ collect_ignore_glob = [] if INTERPRETED else [name for name in os.listdir(os.pat
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # for the oracles of the operations
 
 
+def _patch_once():
+    """Let a device function put the interpreter's operations into Triton's language in its first call alone.
+
+    Triton looks through the whole language in every call, a third of the time of these tests. What a first call puts there
+    stays, or is put there again at the launch of a kernel, before any device function runs.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    first, called = InterpretedFunction.__call__, set()
+
+    def call(function, *args, **kwargs):
+        if function.fn in called:
+            return function.rewrite()(*args, **kwargs)
+        result = first(function, *args, **kwargs)
+        called.add(function.fn)
+        return result
+
+    InterpretedFunction.__call__ = call
+
+
+if INTERPRETED:
+    _patch_once()
+
+
 class _PoisonedTorch:
     """`torch`, except that memory which nobody has written holds NaN, or the largest integer."""
 
