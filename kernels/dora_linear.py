@@ -37,6 +37,7 @@ def dora_linear(
     dropout: float = 0.0,
     dropout_mode: str = "lowrank",
     norm_grad: bool = False,
+    keep_output: bool = True,
     base_square: BaseSquare | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -58,6 +59,9 @@ def dora_linear(
         dropout_mode: ``"lowrank"`` drops on the low-rank path only (x̃ above). ``"peft"`` is Hugging Face PEFT's meaning,
             ``y = x Wᵀ + (g - 1) ⊙ (x̃ Wᵀ) + g ⊙ s (x̃ Aᵀ) Bᵀ + b``, at the price of a second product with W.
         norm_grad: differentiate through the norm too.
+        keep_output: keep y for the gradient of the magnitude. What follows often keeps it as well, and then it costs nothing;
+            otherwise False spares its ``M x out`` elements, and lets what follows write into y, for one more product with W
+            in the backward pass.
         base_square: keeps ``‖W‖²`` of this layer's weight from one call to the next, and sees when W has changed.
         impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
@@ -74,7 +78,7 @@ def dora_linear(
     """
     layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
     options: dict[str, Any] = {"dropout": dropout, "dropout_mode": dropout_mode, "norm_grad": norm_grad, "impl": impl}
-    return dora_linears(x, [layer], base_squares=[base_square], **options)[0]
+    return dora_linears(x, [layer], keep_output=keep_output, base_squares=[base_square], **options)[0]
 
 
 def dora_linears(
@@ -84,6 +88,7 @@ def dora_linears(
     dropout: float = 0.0,
     dropout_mode: str = "lowrank",
     norm_grad: bool = False,
+    keep_output: bool = True,
     base_squares: Sequence[BaseSquare | None] | None = None,
     impl: str = "auto",
 ) -> list[Tensor]:
@@ -95,6 +100,7 @@ def dora_linears(
         dropout: as in `dora_linear`; x̃ is drawn once for all of them.
         dropout_mode: as in `dora_linear`.
         norm_grad: as in `dora_linear`.
+        keep_output: as in `dora_linear`.
         base_squares: one for each layer, as in `dora_linear`.
         impl: as in `dora_linear`.
 
@@ -110,12 +116,13 @@ def dora_linears(
     if implementation == "triton" and (dropout_mode == "lowrank" or dropout == 0.0):
         from peftlite.kernels.dora_linear_triton import dora_linears_triton
 
-        return dora_linears_triton(x, layers, dropout, norm_grad)
+        return dora_linears_triton(x, layers, dropout, norm_grad, keep_output)
     mask, keep = draw_keep_mask(x, dropout)
     squares = [None] * len(layers) if base_squares is None else base_squares
     if mask is not None and dropout_mode == "peft":
         dropped = x * kept(mask, x.shape, x.dtype) / keep
-        inner = dora_linears(dropped, layers, norm_grad=norm_grad, base_squares=squares, impl=implementation)
+        options: dict[str, Any] = {"norm_grad": norm_grad, "keep_output": keep_output, "impl": implementation}
+        inner = dora_linears(dropped, layers, base_squares=squares, **options)
         # W alone, as a low-rank path of rank 0: `F.linear` would keep a cast copy of W for its backward pass.
         bare = [LoRAArguments(w, None, a[:0].detach(), b[:, :0].detach(), 0.0) for w, _, a, b, *_ in layers]
         rest = lora_linears(x - dropped, bare, impl=implementation)
@@ -125,10 +132,10 @@ def dora_linears(
     rows = x.reshape(-1, x.shape[-1])
     # See lora_linears on why compiled and eager code differ here.
     if torch.compiler.is_compiling():
-        ys = [_forward_op(rows, *layer, mask, keep, norm_grad)[0] for layer in layers]
+        ys = [_forward_op(rows, *layer, mask, keep, norm_grad, keep_output)[0] for layer in layers]
     else:
         flat = flatten([(*layer, square) for layer, square in zip(layers, squares, strict=True)])
-        ys = list(_DoRA.apply(rows, mask, keep, norm_grad, *flat)[: len(layers)])
+        ys = list(_DoRA.apply(rows, mask, keep, norm_grad, keep_output, *flat)[: len(layers)])
     return [y.view(*x.shape[:-1], layer.weight.shape[0]) for y, layer in zip(ys, layers, strict=True)]
 
 
@@ -136,7 +143,9 @@ class _DoRA(torch.autograd.Function):
     """Saves x, h, n and the output y, whose storage its consumer usually saves too: nothing of the size out x in."""
 
     @staticmethod
-    def forward(x: Tensor, mask: Tensor | None, keep: float, norm_grad: bool, *flat: Any) -> tuple[Tensor, ...]:
+    def forward(
+        x: Tensor, mask: Tensor | None, keep: float, norm_grad: bool, keep_output: bool, *flat: Any
+    ) -> tuple[Tensor, ...]:
         count = len(flat) // 7
         layers = [DoRAArguments(*layer) for layer in unflatten(flat[: 6 * count], 6)]
         ys, h, norms = weight_decomposed_forward(x, layers, mask, keep, flat[6 * count :])
@@ -144,16 +153,16 @@ class _DoRA(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mask, ctx.keep, ctx.norm_grad, *flat = inputs
+        x, mask, ctx.keep, ctx.norm_grad, keep_output, *flat = inputs
         count = len(flat) // 7
         ys, h, norms = output[:count], output[count], output[count + 1 :]
         ctx.mark_non_differentiable(h, *norms)
         ctx.set_materialize_grads(False)
         ctx.scales = flat[5 * count : 6 * count]
-        need = [needs[2:5] for needs in unflatten(ctx.needs_input_grad[4 : 4 + 6 * count], 6)]
+        need = [needs[2:5] for needs in unflatten(ctx.needs_input_grad[5 : 5 + 6 * count], 6)]
         need_y = [m or (ctx.norm_grad and (a or b)) for a, b, m in need]
         need_x = any(need_y) or any(a for a, _, _ in need)
-        kept = [y if needed else None for y, needed in zip(ys, need_y, strict=True)]
+        kept = [y if needed and keep_output else None for y, needed in zip(ys, need_y, strict=True)]
         ctx.save_for_backward(x if need_x else None, mask, h, *kept, *norms, *flat[: 5 * count])
 
     @staticmethod
@@ -165,7 +174,7 @@ class _DoRA(torch.autograd.Function):
         layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
         hs = by_rank(h, layers, 1)
         need_x = ctx.needs_input_grad[0]
-        needs = unflatten(ctx.needs_input_grad[4 : 4 + 6 * count], 6)
+        needs = unflatten(ctx.needs_input_grad[5 : 5 + 6 * count], 6)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
         grads: list[list[Tensor | None]] = [[None] * 7 for _ in layers]
         dx = None
@@ -188,7 +197,7 @@ class _DoRA(torch.autograd.Function):
                 if needs[k][1]:
                     grads[k][1] = dy.sum(0).to(bias.dtype)  # type: ignore[union-attr]
                 grads[k][2:5] = adapter
-        return dx, None, None, None, *flatten(grads)  # type: ignore[arg-type]
+        return dx, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
 
 
 _DoRA.forward.__signature__ = inspect.signature(_DoRA.forward)  # type: ignore[attr-defined]  # see lora_linear
@@ -205,6 +214,7 @@ def _single_forward(
     mask: Tensor | None,
     keep: float,
     norm_grad: bool,
+    keep_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
     (y,), h, (norm,) = weight_decomposed_forward(x, [layer], mask, keep, [None])
@@ -237,12 +247,13 @@ def _single_backward(
 
 
 def _save_single(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, lora_a, lora_b, magnitude, ctx.scale, mask, ctx.keep, ctx.norm_grad = inputs
+    x, weight, bias, lora_a, lora_b, magnitude, ctx.scale, mask, ctx.keep, ctx.norm_grad, keep_output = inputs
     y, h, norm = output
     need_a, need_b, need_m = ctx.needs_input_grad[3:6]
     need_y = need_m or (ctx.norm_grad and (need_a or need_b))
+    x = x if need_a or need_y else None
     ctx.save_for_backward(
-        x if need_a or need_y else None, weight, bias, lora_a, lora_b, magnitude, y if need_y else None, h, norm, mask
+        x, weight, bias, lora_a, lora_b, magnitude, y if need_y and keep_output else None, h, norm, mask
     )
 
 
@@ -253,7 +264,7 @@ def _single_gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, 
     options = (ctx.scale, mask, ctx.keep, ctx.norm_grad, needs)
     grads = iter(_backward_op(dy, x, weight, bias, lora_a, lora_b, magnitude, y, h, norm, *options))
     dx, da, db, dm = (next(grads) if need else None for need in needs)
-    return dx, None, dy.sum(0).to(bias.dtype) if need_bias else None, da, db, dm, None, None, None, None
+    return dx, None, dy.sum(0).to(bias.dtype) if need_bias else None, da, db, dm, None, None, None, None, None
 
 
 _forward_op = torch.library.custom_op("peftlite::dora_linear", _single_forward, mutates_args=())

@@ -39,7 +39,9 @@ from peftlite.kernels.row_norm_triton import EPS, row_norm_gain
 from peftlite.kernels.weight_decomposed import DoRAArguments
 
 
-def dora_linears_triton(x: Tensor, layers: Sequence[DoRAArguments], dropout: float, norm_grad: bool) -> list[Tensor]:
+def dora_linears_triton(
+    x: Tensor, layers: Sequence[DoRAArguments], dropout: float, norm_grad: bool, keep_output: bool
+) -> list[Tensor]:
     """`dora_linears` for `x` in the dtype of the computation; `dropout` is rounded to a multiple of 2⁻¹⁶."""
     rows = x.reshape(-1, x.shape[-1])
     seed = draw_seed(x.device) if dropout > 0 else None  # one for all, so that layers that run apart share the mask too
@@ -49,13 +51,13 @@ def dora_linears_triton(x: Tensor, layers: Sequence[DoRAArguments], dropout: flo
             *tensors, scale = layer
             factors = (layer.lora_a.detach(), layer.lora_b.detach(), layer.magnitude.detach())
             packed = _prepare_op(layer.weight, *factors, scale, x.dtype)
-            ys[place] = _forward_op(rows, *tensors, *packed, seed, scale, dropout, norm_grad)[0]
+            ys[place] = _forward_op(rows, *tensors, *packed, seed, scale, dropout, norm_grad, keep_output)[0]
     else:
         for places in alike(layers):
             group = [layers[place] for place in places]
             a, bs, gains = prepare(group, x.dtype)
             flat = flatten([(*layer, b, gain) for layer, b, gain in zip(group, bs, gains, strict=True)])
-            ys.update(zip(places, _DoRA.apply(rows, a, seed, dropout, norm_grad, *flat), strict=False))
+            ys.update(zip(places, _DoRA.apply(rows, a, seed, dropout, norm_grad, keep_output, *flat), strict=False))
     return [ys[place].view(*x.shape[:-1], layer.weight.shape[0]) for place, layer in enumerate(layers)]
 
 
@@ -76,10 +78,17 @@ def dora_forward(
     with without_autocast(x.device):
         ys = base_products(x, layers)
         h, mask = shrink_x(rows_side_by_side(x), a, layers[0].scale, seed, dropout)
-        biases = _biases(layers)
-        ones, gs = [1.0] * len(layers), [gain[0] for gain in gains]
-        expand_(ys, h, bs, ones, by_rank=False, gains=gs, biases=biases, bias_inside=biases is not None)
+        _finish_outputs(ys, h, layers, bs, gains)
         return ys, h, mask
+
+
+def _finish_outputs(
+    ys: Sequence[Tensor], h: Tensor, layers: Sequence[DoRAArguments], bs: Sequence[Tensor], gains: Sequence[Tensor]
+) -> None:
+    """Make the outputs of the base products `ys`, in place."""
+    biases = _biases(layers)
+    ones, gs = [1.0] * len(layers), [gain[0] for gain in gains]
+    expand_(ys, h, bs, ones, by_rank=False, gains=gs, biases=biases, bias_inside=biases is not None)
 
 
 def dora_backward(
@@ -98,7 +107,8 @@ def dora_backward(
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """The gradient of x, and those of each layer's bias, lora_a, lora_b and magnitude, for the gradients ``dy (M, out)``.
 
-    `needs` says which of x, bias, lora_a, lora_b and magnitude have one; the others are as in `dora_forward`.
+    `needs` says which of x, bias, lora_a, lora_b and magnitude have one; the others are as in `dora_forward`. Outputs `ys` that
+    are needed and None are formed anew.
     """
     with without_autocast(dys[0].device):
         need_x, need_bias, need_a, need_b, need_m = needs
@@ -113,6 +123,10 @@ def dora_backward(
         dms = [torch.empty_like(norm) for norm in norms] if through_norm else nothing
         if need_m and not through_norm:
             dms = [contiguous_like(layer.magnitude) for layer in layers]
+        if dms is not nothing and ys[0] is None:
+            assert x is not None
+            ys = base_products(x, layers)
+            _finish_outputs(ys, h, layers, bs, gains)
         biases = _biases(layers) if need_bias else None
         dbiases = [contiguous_like(bias) for bias in biases] if biases else nothing
         if any(outputs is not nothing for outputs in (dbs, ds, dms, dbiases)):
@@ -173,7 +187,9 @@ class _DoRA(torch.autograd.Function):
     """Saves x, h, gains, packed factors, the mask in bits and the output y, whose storage its consumer usually saves too."""
 
     @staticmethod
-    def forward(x: Tensor, a: Tensor, seed: Tensor | None, dropout: float, norm_grad: bool, *flat: Any) -> tuple[Tensor, ...]:
+    def forward(
+        x: Tensor, a: Tensor, seed: Tensor | None, dropout: float, norm_grad: bool, keep_output: bool, *flat: Any
+    ) -> tuple[Tensor, ...]:
         fields = unflatten(flat, 8)
         layers, bs, gains = [DoRAArguments(*layer[:6]) for layer in fields], [f[6] for f in fields], [f[7] for f in fields]
         ys, h, mask = dora_forward(x, layers, a, bs, gains, seed, dropout)
@@ -181,16 +197,16 @@ class _DoRA(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, a, _seed, ctx.dropout, ctx.norm_grad, *flat = inputs
+        x, a, _seed, ctx.dropout, ctx.norm_grad, keep_output, *flat = inputs
         *ys, h, mask = output
         count = len(ys)
         ctx.mark_non_differentiable(h, mask)
         ctx.set_materialize_grads(False)
         ctx.count, ctx.scale = count, flat[5 * count]
         # alike for all layers
-        ctx.needs = [ctx.needs_input_grad[k] for k in (0, *range(5 + count, 5 + 5 * count, count))]
+        ctx.needs = [ctx.needs_input_grad[k] for k in (0, *range(6 + count, 6 + 5 * count, count))]
         need_x, need_y = _saves(ctx.needs[2:], ctx.norm_grad)
-        kept = ys if need_y else [None] * count
+        kept = ys if need_y and keep_output else [None] * count
         ctx.save_for_backward(x if need_x else None, a, h, mask, *flat[: 5 * count], *flat[6 * count :], *kept)
 
     @staticmethod
@@ -219,7 +235,7 @@ class _DoRA(torch.autograd.Function):
             )
             for k, own in zip(used, found, strict=True):
                 grads[k][1:5] = [grad if need else None for grad, need in zip(own, ctx.needs[1:], strict=True)]
-        return dx, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
+        return dx, None, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
 
 
 # See lora_linear on what computing the signature costs.
@@ -255,6 +271,7 @@ def _single_forward(
     scale: float,
     dropout: float,
     norm_grad: bool,
+    keep_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
     (y,), h, mask = dora_forward(x, [layer], a, [b], [gains], seed, dropout)
@@ -286,24 +303,24 @@ def _single_backward(
 
 
 def _save_single(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, *tensors, _seed, ctx.scale, ctx.dropout, ctx.norm_grad = inputs
+    x, *tensors, _seed, ctx.scale, ctx.dropout, ctx.norm_grad, keep_output = inputs
     y, h, mask = output
     ctx.mark_non_differentiable(h, mask)
     ctx.set_materialize_grads(False)
     need_x, need_y = _saves(ctx.needs_input_grad[3:6], ctx.norm_grad)
-    ctx.save_for_backward(x if need_x else None, *tensors, y if need_y else None, h, mask)
+    ctx.save_for_backward(x if need_x else None, *tensors, y if need_y and keep_output else None, h, mask)
 
 
 def _single_gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     *tensors, mask = saved_tensors("dora_linear", ctx)
     need_x, _, need_bias, need_a, need_b, need_m, *_ = ctx.needs_input_grad
     needs = [need_x, need_bias, need_a, need_b, need_m]
     options = (mask if ctx.dropout > 0 else None, ctx.scale, ctx.dropout, ctx.norm_grad, needs)
     grads = iter(_backward_op(dy, *tensors, *options))
     dx, dbias, da, db, dm = (next(grads) if need else None for need in needs)
-    return dx, None, dbias, da, db, dm, *(None,) * 7
+    return dx, None, dbias, da, db, dm, *(None,) * 8
 
 
 _prepare_op = torch.library.custom_op("peftlite::prepare_dora", _prepare, mutates_args=())

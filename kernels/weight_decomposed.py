@@ -128,7 +128,8 @@ def weight_decomposed_backward(
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
     """The gradient of x, and of each layer's lora_a, lora_b and magnitude, for the gradients ``dy (M, out)``.
 
-    x and y are read for the gradient of the magnitude, and with `norm_grad` for those of the factors; x for that of lora_a.
+    x and y are read for the gradient of the magnitude, and with `norm_grad` for those of the factors; x for that of lora_a. A
+    y that is None is formed anew, up to gain and bias.
     """
     with without_autocast(dys[0].device):
         formed = need_x and _can_be_formed(dys[0], layers, mask) and all(_forming_pays(len(dys[0]), of) for of in layers)
@@ -140,7 +141,11 @@ def weight_decomposed_backward(
             if not (need.magnitude or (norm_grad and (need.lora_a or need.lora_b))):
                 return dy if formed else (dy * gains[k]).to(dy.dtype)
             assert x is not None
-            assert y is not None
+            if y is None:
+                inner = _inner_columns(slice(None), x, layer, hs[k], keep)
+                inner_grad, total = scale_columns_backward(dy, inner, gains[k], None, scaled=not formed)
+                dms[k] = total / norms[k]
+                return inner_grad
             inner_grad, dm = scale_columns_backward(dy, y, gains[k], layer.bias, scaled=not formed)
             dm /= layer.magnitude
             lost = _lost_columns(y, layer.bias, gains[k], dm)
@@ -203,8 +208,8 @@ def _formed(x: Tensor, layer: DoRAArguments) -> tuple[Tensor, Tensor]:
     return F.linear(x, whole, None if layer.bias is None else layer.bias.to(x.dtype)), norm
 
 
-def _inner_columns(columns: Tensor, x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> Tensor:
-    """``inner (M, len(columns))`` of some output features, from x and h and not from y."""
+def _inner_columns(columns: Tensor | slice, x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> Tensor:
+    """``inner (M, len(columns))`` of some output features or all, from x and h and not from y."""
     weight, lora_b = layer.weight[columns].to(x.dtype), layer.lora_b[columns].to(x.dtype)
     return F.linear(x, weight).addmm_(h, lora_b.T, alpha=layer.scale / keep)
 

@@ -33,6 +33,9 @@ class DoRALinear(AdapterLinear):
         dropout_mode: ``"lowrank"`` (default) drops on the low-rank path only; ``"peft"`` drops on the base path of the
             direction too, as Hugging Face PEFT does, which costs a second product with W.
         norm_grad: differentiate through the norm. By default it is a constant of the graph (§4.3 of the paper).
+        keep_output: keep the output for the gradient of the magnitude. What follows often keeps it too, and then it is there
+            once. Where it does not (a residual sum), False spares that memory for one more product with W in the backward
+            pass. May be set on a single layer at any time: ``layer.keep_output = False``.
 
     Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
 
@@ -52,11 +55,13 @@ class DoRALinear(AdapterLinear):
         dropout: float = 0.0,
         dropout_mode: str = "lowrank",
         norm_grad: bool = False,
+        keep_output: bool = True,
     ) -> None:
         """Create A, B and the magnitude."""
         if dropout_mode not in ("lowrank", "peft"):
             raise ValueError(f"dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
         self.dropout, self.dropout_mode, self.norm_grad = check_dropout(dropout), dropout_mode, norm_grad
+        self.keep_output = keep_output
         self.create_factors(alpha, rslora)
         self._base_square = BaseSquare()
         self.magnitude = nn.Parameter(row_norm(self.base_weight(), self.lora_a, self.lora_b, self.scale))
@@ -68,6 +73,7 @@ class DoRALinear(AdapterLinear):
             "dropout": self.dropout,
             "dropout_mode": self.dropout_mode,
             "norm_grad": self.norm_grad,
+            "keep_output": self.keep_output,
         }
 
     def effective_weight(self) -> Tensor:
@@ -93,6 +99,7 @@ class DoRALinear(AdapterLinear):
             dropout=first.dropout if first.training else 0.0,
             dropout_mode=first.dropout_mode,
             norm_grad=first.norm_grad,
+            keep_output=first.keep_output,
             base_squares=[layer._base_square for layer in layers],
         )
 

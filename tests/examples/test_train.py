@@ -124,6 +124,18 @@ def test_layers_that_read_the_same_input_run_together(tiny, method, targets, tog
     assert grouped == together
 
 
+def test_lean_keeps_the_outputs_that_softmax_and_gelu_keep(tiny):
+    settings = tiny(method="dora", lean=True).resolved()
+    network, _ = build_network(settings)
+    prepare_training(network, settings)
+    kept = {name.partition("layer.0.")[2]: layer.keep_output for name, layer in peftlite.adapters(network).items()}
+    lean = {"attention.output.dense", "output.dense"}
+    assert {name for name, keeps in kept.items() if name and not keeps} == lean
+    assert len(kept) > 1 + len(lean)
+    with pytest.raises(ValueError, match="lean is about the outputs that DoRA keeps, and method 'lora' keeps none"):
+        Settings(lean=True).resolved()
+
+
 @pytest.mark.parametrize("backbones", [1, 2])
 @pytest.mark.parametrize(("targets", "per_layer"), [("attn", 3), ("all-linear", 6)])
 def test_injection_adapts_the_encoder_only(tiny, backbones, targets, per_layer):

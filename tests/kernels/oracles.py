@@ -215,6 +215,7 @@ def cases(draw, dora: bool) -> Case:
     options: dict[str, Any] = {"dropout": draw(st.sampled_from([0.0, 0.0, 0.3]))}
     if dora:
         options |= {"dropout_mode": draw(st.sampled_from(["lowrank", "peft"])), "norm_grad": draw(st.booleans())}
+        options |= {"keep_output": draw(st.booleans())}
     return make_case(
         draw(st.sampled_from([0, 1, 2, 3, 5, 13, 31])),
         inner,

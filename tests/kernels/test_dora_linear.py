@@ -171,6 +171,16 @@ def test_a_consumer_that_writes_into_the_output_is_told():
         y.sum().backward()
 
 
+def test_an_output_that_is_not_kept_may_be_changed_in_place():
+    grads = []
+    for keep, relu in ((True, torch.relu), (False, torch.relu_)):
+        leaves = make_case(5, 7, 3, 2, dora=True).inputs()
+        relu(dora_linear(*(leaves[name] for name in NAMES), 0.5, keep_output=keep)).sum().backward()
+        grads.append([leaves[name].grad for name in TRAINABLE])
+    for kept, formed_anew in zip(*grads, strict=True):
+        torch.testing.assert_close(formed_anew, kept)
+
+
 def test_with_a_frozen_magnitude_the_output_may_be_changed_in_place():
     leaves = make_case(5, 7, 3, 2, dora=True, needs=("x", "lora_a", "lora_b")).inputs()
     torch.relu_(dora_linear(*(leaves[name] for name in NAMES), 0.5)).sum().backward()

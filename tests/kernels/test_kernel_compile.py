@@ -51,6 +51,7 @@ CASES = {
     "lora-bf16": {"stored": torch.bfloat16, "compute": torch.bfloat16, "bias": False},
     "dora": {"dora": True},
     "dora-exact": {"dora": True, "options": {"norm_grad": True}, "bias": False},
+    "dora-formed-anew": {"dora": True, "options": {"keep_output": False}},
     "dora-autocast": {"dora": True, "compute": torch.bfloat16},
 }
 
@@ -129,7 +130,7 @@ def test_opcheck_of_the_forward_operations(dora, setting):
     tensors, mask, keep = arguments(rows, dora, dtype, bias, dropped, trained)
     op = dora_module._forward_op if dora else lora_module._forward_op
     for norm_grad in (False, True) if dora else (None,):
-        torch.library.opcheck(op, (*tensors, 0.5, mask, keep, *([norm_grad] if dora else [])))
+        torch.library.opcheck(op, (*tensors, 0.5, mask, keep, *([norm_grad, not norm_grad] if dora else [])))
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -141,7 +142,7 @@ def test_opcheck_of_the_backward_operations(dora, setting):
     needs = [name in trained for name in ("x", "lora_a", "lora_b")]
     with torch.no_grad():
         if dora:
-            y, h, norm = dora_module._forward_op(x, weight, b, *adapter, 0.5, mask, keep, True)
+            y, h, norm = dora_module._forward_op(x, weight, b, *adapter, 0.5, mask, keep, True, True)
             rest = (y, h, norm, 0.5, mask, keep, True, [*needs, "magnitude" in trained])
             torch.library.opcheck(dora_module._backward_op, (dy, x, weight, b, *adapter, *rest))
         else:

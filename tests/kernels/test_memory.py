@@ -56,6 +56,8 @@ N = (OUTER, torch.float32)
         ({"dora": True, "needs": ("x", "lora_b")}, {H, N}),
         ({"dora": True, "needs": ("lora_b",), "options": {"norm_grad": True}}, {"x", "y", H, N}),
         ({"dora": True, "options": {"dropout": 0.3}}, {"x", "y", H, N, MASK}),
+        ({"dora": True, "options": {"keep_output": False}}, {"x", H, N}),
+        ({"dora": True, "options": {"keep_output": False, "norm_grad": True}, "needs": ("lora_b",)}, {"x", H, N}),
     ],
 )
 def test_saved_for_backward(options, expected):

@@ -60,6 +60,8 @@ def test_shapes_and_dtypes(dora, x, shape):
         {"x_layout": "batched", "dy_layout": "batched"},
         {"options": {"norm_grad": True}},
         {"x": HALF, "bias": False, "options": {"norm_grad": True}},
+        {"options": {"keep_output": False}},
+        {"x": HALF, "stored": HALF, "options": {"keep_output": False, "norm_grad": True}},
     ],
     ids=str,
 )
@@ -170,7 +172,9 @@ def test_twice_differentiable_is_refused():
         grad.sum().backward()
 
 
-SETTINGS = {"plain": {}, "dropout": {"dropout": DROPOUT}, "exact": {"norm_grad": True}}
+SETTINGS = {
+    "plain": {}, "dropout": {"dropout": DROPOUT}, "exact": {"norm_grad": True}, "formed anew": {"keep_output": False},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("dora", "setting"), [(False, "plain"), (False, "dropout"), *((True, name) for name in SETTINGS)])
@@ -203,5 +207,5 @@ def test_opcheck(dora):
         packed = pack_adapters(a.detach(), b.detach(), dtype)
         gains = [row_norm_gain(weight, *packed, magnitude[0].detach(), 0.5)] if dora else []
         seed = torch.tensor([7]) if rows else None
-        tail = [0.5, DROPOUT if rows else 0.0, *([True] if dora else [])]
+        tail = [0.5, DROPOUT if rows else 0.0, *([True, True] if dora else [])]
         torch.library.opcheck(module._forward_op, (x, weight, bias, a, b, *magnitude, *packed, *gains, seed, *tail))
