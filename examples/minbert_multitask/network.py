@@ -139,7 +139,7 @@ def prepare_training(
         )
         if settings.lean:
             for name, layer in peftlite.adapters(network.backbones).items():
-                # What follows is a sum, which keeps nothing; softmax and GELU keep what the other layers give them.
+                # What follows is a sum, which keeps nothing; attention and GELU keep what the other layers give them.
                 layer.keep_output = not name.endswith("output.dense")
     elif settings.method == "linear-probe":
         network.backbones.requires_grad_(False)
