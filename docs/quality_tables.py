@@ -153,7 +153,7 @@ def efficiency(found: Found, table: Table) -> str:
         parts.append(f"{note}\n\n{table(header, body)}")
     parts.append(f"Each effect alone, as ratios of paired passes (20..80 %).\n\n{_effects(costs, table)}")
     note = (
-        "Lean DoRA keeps no output that nothing else keeps (`output.dense`), and forms it anew in the backward pass. "
+        "Lean DoRA keeps no output that nothing else keeps (those of output.dense), and forms it anew in the backward pass. "
         "Peak is what weights, gradients, optimizer and activations hold at once; saved is what autograd keeps for backward; "
         "both on the longest of the pass's batches. Scores are of one seed, at the learning rates that claim B settled on "
         "under autocast, and after as many steps as there."
