@@ -156,7 +156,7 @@ def test_tables(run) -> None:
     assert "Quora 18 and 10" in quality_tables.rank(found, rst_table)
     assert "over the best single, points" in quality_tables.ensembles(found, rst_table)
     assert "Overall the ensemble is above the mean single: " in quality_tables.ensembles(found, rst_table)
-    assert "DoRA all-linear in bf16: faster than full fine-tuning: " in quality_tables.efficiency(found, rst_table)
+    assert "DoRA all-linear, bf16: faster than full fine-tuning: " in quality_tables.efficiency(found, rst_table)
     minilm = {"x": {**found["cells"]["B/sst/full/seed0"], "settings": {"weights": "minilm"}}}
     assert "Quora's figures are contaminated" in quality_tables.caption(minilm)
 
