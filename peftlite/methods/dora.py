@@ -35,7 +35,8 @@ class DoRALinear(AdapterLinear):
         norm_grad: differentiate through the norm. By default it is a constant of the graph (§4.3 of the paper).
         keep_output: keep the output for the gradient of the magnitude. What follows often keeps it too, and then it is there
             once. Where it does not (a residual sum), False spares that memory for one more product with W in the backward
-            pass. May be set on a single layer at any time: ``layer.keep_output = False``.
+            pass. May be set on a single layer at any time, ``layer.keep_output = False``; of layers that run together (`fuse`)
+            the first one's setting holds.
 
     Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
 
