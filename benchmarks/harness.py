@@ -230,6 +230,14 @@ class Check(NamedTuple):
     error: float
     budget: float
 
+    @property
+    def green(self) -> bool:
+        """Whether the error is within its budget."""
+        return self.error <= self.budget
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error:.3g}, budget {self.budget:.3g}"
+
 
 def compare(
     name: str,
@@ -275,9 +283,9 @@ def require_green(checks: Sequence[Check]) -> None:
     """
     if not checks:
         raise RedGateError("refusing to print figures: nothing was checked; give the gate at least one candidate")
-    red = [check for check in checks if not check.error <= check.budget]
+    red = [check for check in checks if not check.green]
     if red:
-        listed = "\n".join(f"  {name}: error {error:.3g}, budget {budget:.3g}" for name, error, budget in red)
+        listed = "\n".join(f"  {check}" for check in red)
         raise RedGateError(
             f"refusing to print figures: {len(red)} of {len(checks)} checks fail; correct these first:\n{listed}"
         )

@@ -109,12 +109,23 @@ def outcome(case: Case, t: Tensors, forward: Forward) -> dict[str, Tensor]:
     return {"output": forward(case, t).detach()} if case.operation == "row_norm" else results(case, t, forward)
 
 
-def gate(case: Case, t: Tensors, found: Mapping[str, Forward]) -> list[Check]:
+def gate(case: Case, t: Tensors, found: Mapping[str, Forward]) -> dict[str, list[Check]]:
     """Output and every gradient of every candidate against the reference in fp64."""
     reference = found["reference"]
     oracle, plain = outcome(case, t.to(torch.float64), reference), outcome(case, t, reference)
-    checks = []
+    checks = {}
     for name, forward in found.items():
         actual = plain if name == "reference" else outcome(case, t, forward)
-        checks += [compare(f"{case}: {name}: {key}", actual[key], plain[key], oracle[key], dtype=case.dtype) for key in oracle]
+        checks[name] = [
+            compare(f"{case}: {name}: {key}", actual[key], plain[key], oracle[key], dtype=case.dtype) for key in oracle
+        ]
     return checks
+
+
+def leave_out_inexact(found: Candidates, checks: dict[str, list[Check]], operation: str) -> None:
+    """Move the candidates of others that are not as exact as the reference to the absent; ours would stop the cell."""
+    for name in (COMPILED, *FORMULAS[operation]):
+        red = [check for check in checks.get(name, []) if not check.green]
+        if red:
+            found.absent[name] = "not timed, since it is off: " + "; ".join(map(str, red))
+            del found.forward[name], checks[name]

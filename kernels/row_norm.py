@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn import functional as F
 
 from peftlite.kernels.dispatch import has_values, without_autocast
 
@@ -85,21 +86,23 @@ def row_norm(
         a, b = lora_a.to(acc), lora_b.to(acc)
         if weight.device.type != "cpu":
             return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
-        rank = a.shape[0]
+        # The probe makes one more column of `cross`. B has a column of zeros beside it, so that all that follows runs over
+        # contiguous matrices, which on CPU takes less time than the same over their first r columns.
         rows_of_a = a if base_square is None else torch.cat([a, base_square.probe(a)])
+        factors = b if base_square is None else F.pad(b, (0, 1))
         if weight.dtype == compute and compute.itemsize == 2:
-            cross = weight @ rows_of_a.to(compute).T  # W [A; p]ᵀ, (out, r + 1)
+            cross = (weight @ rows_of_a.to(compute).T).to(acc)  # W [A; p]ᵀ, (out, r + 1)
         else:
-            cross = torch.empty(b.shape[0], rows_of_a.shape[0], dtype=acc)
+            cross = torch.empty(factors.shape, dtype=acc)
             for rows, w in _blocks(weight, acc):
                 torch.mm(w, rows_of_a.T, out=cross[rows])
         if base_square is None:
             base = _base_square(weight, acc)
             floor = base * CANCELLATION
         else:
-            base, floor = base_square(cross[:, rank], weight, acc)
-        cross = cross[:, :rank].to(acc).addmm_(b, a @ a.T, beta=2 * scale, alpha=scale * scale)
-        square = torch.linalg.vecdot(cross, b).add_(base)
+            base, floor = base_square(cross[:, -1], weight, acc)
+        cross.addmm_(factors, rows_of_a @ rows_of_a.T, beta=2 * scale, alpha=scale * scale).mul_(factors)
+        square = torch.addmv(base, cross, cross.new_ones(cross.shape[1]))
         if not has_values(square) or torch.equal(torch.maximum(square, floor), square):
             return square.sqrt_()
         few = (square < floor).nonzero().squeeze(1)  # a square below 0 is among them

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from benchmarks import kernel_candidates, kernels
+from benchmarks.formulas import FORMULAS
 from benchmarks.gpu_layers import tensors
 from benchmarks.kernel_candidates import COMPILED, KernelSettings, candidates, gate
 
 QUICK = ["--small", "--rounds", "2", "--warmup", "1", "--threads", "1", "--no-compile"]
 BOTH = ["PEFT's formula", "Scaling DoRA's formula"]
+GRADIENTS = {"lora": ("x", "lora_a", "lora_b"), "dora": ("x", "lora_a", "lora_b", "magnitude"), "row_norm": ()}
 PEERS = {"lora": BOTH[:1], "dora": BOTH, "row_norm": BOTH}
 
 
@@ -35,8 +37,8 @@ def test_every_candidate_computes_the_operation(operation, dtype):
     assert list(found)[-len(PEERS[operation]) :] == PEERS[operation]
     assert absent.keys() == {"triton", COMPILED}
     checks = gate(cell.case, tensors(cell.case, torch.device("cpu")), found)
-    assert len(checks) == len(found) * {"lora": 4, "dora": 5, "row_norm": 1}[operation]
-    assert [check.name for check in checks if not check.error <= check.budget] == []
+    assert {name: len(of_one) for name, of_one in checks.items()} == dict.fromkeys(found, len(GRADIENTS[operation]) + 1)
+    assert [check.name for of_one in checks.values() for check in of_one if not check.green] == []
 
 
 @pytest.mark.parametrize("operation", kernels.OPERATIONS)
@@ -46,8 +48,18 @@ def test_the_gate_sees_a_wrong_candidate(operation):
     right = found["torch"]
     found["torch"] = lambda case, t: right(case, t) * 1.001
     checks = gate(cell.case, tensors(cell.case, torch.device("cpu")), found)
-    red = {check.name.split(": ")[1] for check in checks if not check.error <= check.budget}
-    assert red == {"torch"}
+    assert {name for name, of_one in checks.items() if not all(check.green for check in of_one)} == {"torch"}
+
+
+def test_another_candidate_that_is_off_is_left_out_and_named(monkeypatch):
+    peer = BOTH[0]
+    right = FORMULAS["dora"][peer]
+    monkeypatch.setitem(FORMULAS["dora"], peer, lambda t: right(t) + 1e-3 * t.magnitude)
+    figures = kernels.measure(settings(), "no compiler")
+    assert peer not in figures["candidates"]
+    assert figures["absent"][peer].startswith(f"not timed, since it is off: {settings().case}: {peer}: output: error ")
+    assert figures["candidates"].keys() == {"reference", "torch", "torch, ‖W‖² kept", BOTH[1]}
+    assert figures["checks"] == 4 * (len(GRADIENTS["dora"]) + 1)
 
 
 def test_the_compiled_reference_takes_part_where_there_is_a_compiler(monkeypatch):
