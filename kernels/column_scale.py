@@ -5,27 +5,36 @@ pass in each direction, which takes the gain in fp32 for y in 16 bits and sums i
 operations the same takes up to three times as long on CPU, and fp32 copies of the 16-bit tensors.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 
-def scale_columns(y: Tensor, gain: Tensor, shift: Tensor | None) -> None:
-    """Compute ``g ⊙ y + shift`` in place of `y`, rounded once.
+def scale_columns(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
+    """Compute ``g ⊙ y + (1 - g) ⊙ b`` in place of `y`, rounded once.
 
     Args:
         y: ``(M, out)``.
         gain: ``g (out,)``, fp32 or fp64.
-        shift: ``(out,)`` in the dtype of `gain`, or None for zero.
+        bias: ``b (out,)`` or None for zero.
     """
     if y.dtype.itemsize == 2 and gain.dtype == torch.float32 and y.device.type == "cpu" and y.numel():
-        zero, one, nowhere = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+        one, zero, nowhere = _constants(gain.numel())
+        centre = zero if bias is None else bias.to(gain.dtype)
         torch.ops.aten.native_batch_norm.out(
-            y, gain, shift, zero, one, False, 0.0, 0.0, out=y, save_mean=nowhere, save_invstd=nowhere
+            y, gain, centre, centre, one, False, 0.0, 0.0, out=y, save_mean=nowhere, save_invstd=nowhere
         )
-    elif shift is None:
+    elif bias is None:
         torch.mul(y, gain, out=y)
     else:
-        torch.addcmul(shift, y, gain, out=y)
+        torch.addcmul(torch.addcmul(bias, gain, bias, value=-1), y, gain, out=y)
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A variance of 1, a mean or shift of 0, and room for nothing, in fp32: small layers notice what making them takes."""
+    return torch.ones(columns), torch.zeros(columns), torch.empty(0)
 
 
 def scale_columns_backward(
@@ -42,6 +51,7 @@ def scale_columns_backward(
     """
     if not dy.numel():  # the fused kernel divides by the number of rows
         return torch.empty_like(dy), torch.zeros_like(gain)
+    one = _constants(gain.numel())[0] if gain.dtype == torch.float32 and gain.device.type == "cpu" else torch.ones_like(gain)
     shift = torch.zeros_like(gain) if bias is None else bias.to(gain.dtype)
     wide = gain.dtype == torch.float64  # the fused kernel takes parameters of the same dtype, or fp32 for 16 bits
     inner_grad, total, _ = torch.ops.aten.native_batch_norm_backward(
@@ -49,7 +59,7 @@ def scale_columns_backward(
         y.to(gain.dtype) if wide else y,
         gain,
         shift,
-        torch.ones_like(gain),
+        one,
         None,
         None,
         False,

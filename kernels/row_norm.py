@@ -11,6 +11,7 @@ from peftlite.kernels.dispatch import has_values, without_autocast
 
 CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
 DEVICE_BLOCK = 1 << 24  # elsewhere a block bounds the memory, and each costs launches
+SMALL = 1 << 18  # elements of W: up to here forming W + s B A costs less than the many operations that avoid it
 CANCELLATION = 0.5  # n² below this share of ‖W‖²: the expanded square has lost digits
 
 
@@ -63,9 +64,10 @@ def row_norm(
 ) -> Tensor:
     """Compute ``n_j = ‖W_j + s (B A)_j‖``, ``(out,)``, in fp32 at least and without a gradient.
 
-    On CPU the square is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which makes ``out x r``
-    temporaries only; rows that cancel (``W ≈ -s B A``) are computed again directly. Elsewhere every row is
-    computed directly, a block at a time, since looking for such rows would make the host wait for the device.
+    On CPU the square of a large weight is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which makes
+    ``out x r`` temporaries only; rows that cancel (``W ≈ -s B A``) are computed again directly. Otherwise every row is computed
+    directly: a small weight at once, and on other devices a large one block by block, since looking for rows that cancel would
+    make the host wait for the device.
 
     Args:
         weight: ``(out, in)``, any floating dtype.
@@ -84,6 +86,8 @@ def row_norm(
     with without_autocast(weight.device):  # also where a layer is made under autocast
         acc = accumulation_dtype(weight, lora_a, lora_b)
         a, b = lora_a.to(acc), lora_b.to(acc)
+        if weight.numel() <= SMALL:
+            return _direct(weight.to(acc), a, b, scale)
         if weight.device.type != "cpu":
             return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
         # The probe makes one more column of `cross`. B has a column of zeros beside it, so that all that follows runs over
@@ -163,6 +167,12 @@ def _base_square(weight: Tensor, acc: torch.dtype) -> Tensor:
     for rows, w in _blocks(weight, acc):
         torch.linalg.vector_norm(w, dim=1, out=square[rows])
     return square.square_()
+
+
+def formed_norm(whole: Tensor) -> Tensor:
+    """The norm of each row of ``W + s B A (out, in)``, with the bits that `row_norm` gives where B is zero."""
+    norm = torch.linalg.vector_norm(whole, dim=1)
+    return norm if whole.numel() <= SMALL else norm.square_().sqrt_()
 
 
 def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -25,7 +25,7 @@ from peftlite.kernels.low_rank import (
     update_pays,
     updated_weight,
 )
-from peftlite.kernels.row_norm import BaseSquare, inverse_norm_gradients, row_norm
+from peftlite.kernels.row_norm import BaseSquare, formed_norm, inverse_norm_gradients, row_norm
 
 EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
 LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
@@ -104,7 +104,7 @@ def weight_decomposed_forward(
             gain = magnitude.to(norm.dtype) / norm
             # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the
             # layer gives the very bits of the base layer, whose product adds the bias before it rounds.
-            scale_columns(y, gain, None if bias is None else torch.addcmul(bias, gain, bias, value=-1))
+            scale_columns(y, gain, bias)
             if bias is not None and _exceeds(gain, LARGE_GAIN):
                 large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
                 inner = _inner_columns(large, x, layer, part, keep)
@@ -202,8 +202,7 @@ def _gained(layer: DoRAArguments, gain: Tensor) -> Tensor:
 def _formed(x: Tensor, layer: DoRAArguments) -> tuple[Tensor, Tensor]:
     """``y = x (g ⊙ (W + s B A))ᵀ + b`` and the norms n."""
     whole = updated_weight(layer.low_rank, x.dtype)
-    # Squared and rooted as `row_norm` does, which gives the magnitude at birth.
-    norm = torch.linalg.vector_norm(whole, dim=1).square_().sqrt_().clamp_min_(EPS)
+    norm = formed_norm(whole).clamp_min_(EPS)
     whole.mul_((layer.magnitude / norm)[:, None])
     return F.linear(x, whole, None if layer.bias is None else layer.bias.to(x.dtype)), norm
 
@@ -240,5 +239,4 @@ def _exceeds(values: Tensor, limit: float) -> bool:
     """Whether a value is larger in size than `limit`, or is not a number; False where there are no values."""
     if not has_values(values):
         return False
-    low, high = values.aminmax()
-    return not (-limit <= low.item() and high.item() <= limit)
+    return not torch.equal(values.clamp(-limit, limit), values)

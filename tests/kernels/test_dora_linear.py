@@ -10,12 +10,18 @@ from oracles import NAMES, cases, make_case
 from peftlite.kernels import dora_linear as module
 from peftlite.kernels import weight_decomposed
 from peftlite.kernels.dora_linear import dora_linear
-from peftlite.kernels.row_norm import row_norm
+from peftlite.kernels.row_norm import SMALL, row_norm
 from peftlite.kernels.weight_decomposed import _lost_columns
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 TRAINABLE = ("x", "bias", "lora_a", "lora_b", "magnitude")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[0, SMALL], ids=["large", "small"], autouse=True)
+def size(request, monkeypatch):
+    """Every weight of these tests counts as large, then as small."""
+    monkeypatch.setattr("peftlite.kernels.row_norm.SMALL", request.param)
 
 
 def test_memory_is_poisoned():
