@@ -1,10 +1,12 @@
 """Which implementation of an operation runs, in which precision, and why not another."""
 
+import inspect
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,6 +112,36 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if _autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return _UNCHANGED
+
+
+class _Given(NamedTuple):
+    """Stands for `inspect.BoundArguments`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _Positional(inspect.Signature):
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Given(args, kwargs)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def positional(function: Function) -> Function:
+    """Declare that `function`, the forward pass of an autograd function, is given all of its arguments by position.
+
+    `Function.apply` asks for its signature at every call and binds the arguments to it, which takes a small layer longer than
+    its products do.
+    """
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    function.__signature__ = _Positional(parameters, return_annotation=signature.return_annotation)  # type: ignore[attr-defined]
+    return function
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 The backward passes are derived in ``kernels/README.md``.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, saved_tensors
+from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, positional, saved_tensors
 from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.lora_linear import lora_linears
 from peftlite.kernels.low_rank import LoRAArguments, by_rank, flatten, unflatten
@@ -143,6 +142,7 @@ class _DoRA(torch.autograd.Function):
     """Saves x, h, n and the output y, whose storage its consumer usually saves too: nothing of the size out x in."""
 
     @staticmethod
+    @positional
     def forward(
         x: Tensor, mask: Tensor | None, keep: float, norm_grad: bool, keep_output: bool, *flat: Any
     ) -> tuple[Tensor, ...]:
@@ -198,9 +198,6 @@ class _DoRA(torch.autograd.Function):
                     grads[k][1] = dy.sum(0).to(bias.dtype)  # type: ignore[union-attr]
                 grads[k][2:5] = adapter
         return dx, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
-
-
-_DoRA.forward.__signature__ = inspect.signature(_DoRA.forward)  # type: ignore[attr-defined]  # see lora_linear
 
 
 def _single_forward(

@@ -5,7 +5,6 @@ place. Backward: T2 reads dY and y once for dB, dm, db and ``D = g ⊙ dY``; T1 
 T2 makes dA. One layer is the simplest group. The host never waits for the device.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftlite.kernels.col_shrink_triton import Magnitudes, col_shrink
-from peftlite.kernels.dispatch import saved_tensors, without_autocast
+from peftlite.kernels.dispatch import positional, saved_tensors, without_autocast
 from peftlite.kernels.expand_triton import expand_
 from peftlite.kernels.group_triton import alike, rows_side_by_side
 from peftlite.kernels.lora_linear_triton import (
@@ -187,6 +186,7 @@ class _DoRA(torch.autograd.Function):
     """Saves x, h, gains, packed factors, the mask in bits and the output y, whose storage its consumer usually saves too."""
 
     @staticmethod
+    @positional
     def forward(
         x: Tensor, a: Tensor, seed: Tensor | None, dropout: float, norm_grad: bool, keep_output: bool, *flat: Any
     ) -> tuple[Tensor, ...]:
@@ -236,10 +236,6 @@ class _DoRA(torch.autograd.Function):
             for k, own in zip(used, found, strict=True):
                 grads[k][1:5] = [grad if need else None for grad, need in zip(own, ctx.needs[1:], strict=True)]
         return dx, None, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
-
-
-# See lora_linear on what computing the signature costs.
-_DoRA.forward.__signature__ = inspect.signature(_DoRA.forward)  # type: ignore[attr-defined]
 
 
 def _saves(need: Sequence[bool], norm_grad: bool) -> tuple[bool, bool]:

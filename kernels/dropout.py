@@ -41,6 +41,8 @@ def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
     Raises:
         ValueError: if `dropout` is not in [0, 1).
     """
+    if not dropout:
+        return None, 1.0
     drops, keep = drop_threshold(dropout), keep_probability(dropout)
     if not drops:
         return None, keep

@@ -3,7 +3,6 @@
 The backward passes are derived in ``kernels/README.md``.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, saved_tensors, without_autocast
+from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, positional, saved_tensors, without_autocast
 from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.low_rank import LoRAArguments, Needs, by_rank, flatten, low_rank_backward, low_rank_forward, unflatten
 
@@ -117,6 +116,7 @@ class _LoRA(torch.autograd.Function):
     """Saves x and h: nothing of the size M x out or out x in."""
 
     @staticmethod
+    @positional
     def forward(x: Tensor, mask: Tensor | None, keep: float, *flat: Any) -> tuple[Tensor, ...]:
         ys, h = low_rank_forward(x, [LoRAArguments(*layer) for layer in unflatten(flat, 5)], mask, keep)
         return *ys, h
@@ -163,10 +163,6 @@ class _LoRA(torch.autograd.Function):
                     grads[count + k] = dy.sum(0).to(ctx.bias_dtypes[k])
                 grads[2 * count + k], grads[3 * count + k] = da, db
         return dx, None, None, *grads
-
-
-# `Function.apply` asks for the signature at every call; computing it costs a small layer a third of its step.
-_LoRA.forward.__signature__ = inspect.signature(_LoRA.forward)  # type: ignore[attr-defined]
 
 
 def _single_forward(

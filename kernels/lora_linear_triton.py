@@ -4,7 +4,6 @@ One layer takes three launches forward and five backward without dropout, where 
 kernel would. Several share the kernels: three take five forward and nine backward.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peftlite.kernels.col_shrink_triton import col_shrink
-from peftlite.kernels.dispatch import saved_tensors, without_autocast
+from peftlite.kernels.dispatch import positional, saved_tensors, without_autocast
 from peftlite.kernels.dropout import keep_probability
 from peftlite.kernels.expand_triton import expand_
 from peftlite.kernels.group_triton import alike, rows_side_by_side
@@ -190,6 +189,7 @@ class _LoRA(torch.autograd.Function):
     """Saves x, h, the packed factors and the mask in bits: nothing of the size M x out or out x in."""
 
     @staticmethod
+    @positional
     def forward(x: Tensor, a: Tensor, seed: Tensor | None, dropout: float, *flat: Any) -> tuple[Tensor, ...]:
         layers = unflatten(flat, 6)
         bs = [b for *_, b in layers]
@@ -231,10 +231,6 @@ class _LoRA(torch.autograd.Function):
             for k, own in zip(used, found, strict=True):
                 grads[k][1:4] = [grad if need else None for grad, need in zip(own, ctx.needs[1:], strict=True)]
         return dx, None, None, None, *flatten(grads)  # type: ignore[arg-type]
-
-
-# See lora_linear on what computing the signature costs.
-_LoRA.forward.__signature__ = inspect.signature(_LoRA.forward)  # type: ignore[attr-defined]
 
 
 def chosen(together: Tensor, used: Sequence[int], count: int, dim: int) -> Tensor:

@@ -106,7 +106,9 @@ def low_rank_backward(
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             db = None
             if need.lora_b:  # in most shapes cheaper on CPU than dyᵀ h
-                db = (h.T.contiguous() @ dy).T.to(layer.lora_b.dtype).mul_(layer.scale / keep).contiguous()
+                db = torch.empty_like(layer.lora_b, memory_format=torch.contiguous_format).copy_((h.T.contiguous() @ dy).T)
+                if layer.scale != keep:
+                    db.mul_(layer.scale / keep)
             dbs.append(db)
             del dy  # its memory may become that of the next
         das: Sequence[Tensor | None] = [None] * len(layers)
@@ -141,6 +143,8 @@ def updated_weight(layer: LoRAArguments, dtype: torch.dtype) -> Tensor:
 
 def _scaled(layer: LoRAArguments, keep: float, dtype: torch.dtype) -> Tensor:
     """``s B / keep`` in `dtype`, rounded once."""
+    if layer.scale == keep:
+        return layer.lora_b.to(dtype)
     wide = torch.promote_types(layer.lora_b.dtype, dtype)
     return (layer.lora_b.to(wide) * (layer.scale / keep)).to(dtype)
 

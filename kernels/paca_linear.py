@@ -3,7 +3,6 @@
 The backward passes are derived in ``kernels/README.md``.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peftlite.kernels.dispatch import choose, compute_dtype, without_autocast
+from peftlite.kernels.dispatch import choose, compute_dtype, positional, without_autocast
 
 
 def paca_linear(
@@ -74,6 +73,7 @@ def paca_linear_reference(
         return base + scale * F.linear(x[..., index], columns.to(x.dtype))
 
 
+@positional
 def column_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, index: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -97,9 +97,6 @@ def column_backward(
         if needs[1]:
             grads.append((picked.T @ dy).T.to(columns.dtype).mul_(scale).contiguous())
         return grads
-
-
-column_forward.__signature__ = inspect.signature(column_forward)  # type: ignore[attr-defined]  # as in lora_linear
 
 
 class _PaCA(torch.autograd.Function):
