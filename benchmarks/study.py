@@ -31,7 +31,7 @@ class Options:
     quora_train: int = 4000  # pairs drawn from train; 0: all
     quora_dev: int = 2000
     member_steps: int = 300  # of every member of the ensembles of claim C, the tasks in turn
-    rounds: int = 5  # of claim A's timing
+    rounds: int = 12  # of claim A's timing
     pass_batches: int = 4  # batches that stand for an epoch in it
     memory_batch: int = 64  # of its figures beside the authors' own
 

@@ -161,6 +161,23 @@ def test_tables(run) -> None:
     assert "Quora's figures are contaminated" in quality_tables.caption(minilm)
 
 
+@pytest.mark.parametrize(
+    ("sst", "sts", "answer"),
+    [
+        ((0.8, 0.7, 0.9), (0.9, 0.8, 0.99), "yes (medians 0.80, 0.90; 80 % quantile at most 0.99)"),
+        ((0.8, 0.7, 0.9), (0.9, 0.8, 1.01), "by the median of each task (medians 0.80, 0.90; 80 % quantile at most 1.01)"),
+        ((0.8, 0.7, 0.9), (1.0, 0.9, 1.01), "not on every task (medians 0.80, 1.00; 80 % quantile at most 1.01)"),
+        ((1.2, 1.1, 1.3), (1.1, 1.01, 1.2), "no (medians 1.20, 1.10; 80 % quantile at most 1.30)"),
+    ],
+)
+def test_what_is_said_of_faster_training(sst, sts, answer) -> None:
+    def cost(step):
+        return {"figures": {"effects": {name: {"step": step, "saved_mib": 0.5} for name in effects()}}}
+
+    for sentence in quality_tables.faster({"sst": cost(sst), "sts": cost(sts)}):
+        assert f"faster than full fine-tuning: {answer}; fewer saved bytes: yes (at most 0.50)." in sentence
+
+
 def test_every_target_has_a_figure(run) -> None:
     cells = run[2]["cells"]
     found = measured(cells)
