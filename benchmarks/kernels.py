@@ -1,6 +1,7 @@
 """What one operation costs: ours by every implementation, `torch.compile` of the reference, and the peers' formulas.
 
     python -m benchmarks.kernels                 # MiniLM, BERT-base, 4096 and 8192 features, fp32 and bf16, r = 8 and 64
+    python -m benchmarks.kernels --models MiniLM # its layers alone; what else the result file holds is kept
     python -m benchmarks.kernels --small         # one small layer: whether everything runs
 
 Operations are `lora_linear` and `dora_linear`, forward and with the backward pass, and `row_norm`. All candidates of a case
@@ -173,7 +174,7 @@ def cells(options: argparse.Namespace) -> Iterator[KernelSettings]:
     how = (options.rounds, options.warmup, options.device, options.threads, options.compile)
     rows = options.rows or (16 if options.small else 512)
     for model, sizes in shapes.items():
-        for width, out in sizes:
+        for width, out in sizes if options.models is None or model in options.models else ():
             for operation in OPERATIONS:
                 for rank in ranks:
                     for dtype in DTYPES:
@@ -188,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = command.add_argument
-    add("--small", action="store_true", help="one small layer, rank 8")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--small", action="store_true", help="one small layer, rank 8")
+    which.add_argument("--models", nargs="+", choices=list(SHAPES), metavar="MODEL", help=f"only these of {', '.join(SHAPES)}")
     add("--rows", type=int, help="rows of the input; 512, or 16 with --small")
     add("--rounds", type=int, default=15, help="timed rounds; each candidate runs once in each")
     add("--warmup", type=int, default=3, help="rounds before them")

@@ -113,6 +113,15 @@ def test_a_red_gate_prints_no_figure(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x.json").exists()
 
 
+def test_the_suite_can_be_confined_to_some_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "measure", lambda *_: {"left_out": "not here"})
+    output = tmp_path / "kernels.json"
+    assert kernels.main(["--models", "MiniLM", "4096", "--no-compile", "--output", str(output)]) == 0
+    seen = [cell["settings"]["model"] for cell in json.loads(output.read_text())["cells"].values()]
+    assert sorted(set(seen)) == ["4096", "MiniLM"]
+    assert len(seen) == (3 + 1) * len(kernels.OPERATIONS) * len(kernels.RANKS) * len(kernels.DTYPES)
+
+
 @pytest.mark.parametrize(
     ("option", "reason"),
     [(["--ram-share", "1e-9"], "asks for 0.0 GiB, and 0.0 are allowed"), (["--seconds", "0"], "s, and 0 are allowed")],
