@@ -85,7 +85,7 @@ def kernels(results: Results) -> Section:
     if not measured:
         return Section("kernels", title, claim, command)
     counts: dict[str, Counter[str]] = {}
-    listed, drawn = [], {}
+    listed, drawn, slow = [], {}, 0
     for key, cell in measured.items():
         figures, settings = cell["figures"], cell["settings"]
         for name, row in figures["candidates"].items():
@@ -98,6 +98,7 @@ def kernels(results: Results) -> Section:
             if not ours:
                 side = "slower" if ratio[2] < 1 else "quicker" if ratio[1] > 1 else "level"
                 counts.setdefault(name, Counter())[side] += 1
+                slow = max(slow, settings["in_features"], settings["out_features"]) if side == "slower" else slow
             if name != figures["baseline"] and settings["rank"] == min(c["settings"]["rank"] for c in measured.values()):
                 size = f"{settings['model']} {settings['in_features']} → {settings['out_features']}, {settings['dtype']}"
                 drawn.setdefault(settings["operation"], {}).setdefault(size, {})[name] = plots.Interval(*ratio)
@@ -109,13 +110,19 @@ def kernels(results: Results) -> Section:
     header = ["cell", "candidate", "ms (20..80 %)", "over ours", "saved, MiB", "peak of the forward, MiB", "ahead"]
     parts.append(folded("All figures", table(header, listed)))
     left = [[key, cell["figures"]["left_out"]] for key, cell in found.items() if "left_out" in cell["figures"]]
-    absent = {name: why for cell in measured.values() for name, why in cell["figures"]["absent"].items()}
+    absent = dict.fromkeys(pair for cell in measured.values() for pair in cell["figures"]["absent"].items())
     if left or absent:
-        rows = [*left, *([name, why] for name, why in absent.items())]
+        rows = [*left, *map(list, absent)]
         parts.append(folded("What was left out, and why", table(["what", "why"], rows)))
     words = [f"than {name} in {c['quicker']}, level in {c['level']}, slower in {c['slower']}" for name, c in counts.items()]
     outcome = f"Of {counted(len(measured), 'case')} ours is quicker {'; '.join(words)}."
     caveat = "Times of this machine's processor; what the Triton kernels take on a GPU is not in them unless a row says triton."
+    if slow:
+        caveat += (
+            f" Ours is slower in layers of at most {slow:,} features alone: there the fixed costs of an autograd function in "
+            "Python weigh, the compiler fuses what ATen's calls do not, and the formulas have none of the peers' modules and "
+            "checks; the training steps above have them."
+        )
     return Section("kernels", title, claim, command, outcome, parts, caveat, where(measured.values()))
 
 

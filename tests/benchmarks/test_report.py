@@ -86,7 +86,10 @@ def test_a_page_of_everything_is_whole(full_page: str) -> None:
 def test_the_page_says_what_the_cells_say(full_page: str) -> None:
     assert "1 of 2 estimates within 10 %, the worst off by 20.0%." in full_page
     assert "1 of 2 fp32 curves within 1e-04 of PEFT's over the first 10 steps, the farthest 1.0e-03 away." in full_page
-    assert "than PEFT's formula in 0, level in 0, slower in 1" in full_page
+    assert "than PEFT's formula in 0, level in 0, slower in 2" in full_page
+    assert "Ours is slower in layers of at most 768 features alone" in full_page
+    assert full_page.count("there is no GPU") == 1
+    assert "not timed, since it is off" in full_page
     assert "PEFT's formula is ahead" in full_page
     assert "asks for 9 GiB" in full_page
     assert "paper, 5 members: above the mean single model, +2.0 (+1.0..+3.0) points overall" in full_page
