@@ -131,7 +131,7 @@ def _check(members: dict[str, AdapterLinear], taken: set[int]) -> None:
         if id(layer) in taken:
             raise ValueError(f"fuse: {name} is in two groups; a layer can be in one.")
         taken.add(id(layer))
-    if type(first).fused_forward.__func__ is AdapterLinear.fused_forward.__func__:  # type: ignore[attr-defined]
+    if not first.fuses():
         raise ValueError(f"fuse: the method {first.method!r} has no form for layers that run together; leave out fuse.")
     for layer in others:
         if type(layer) is not type(first) or layer.in_features != first.in_features:

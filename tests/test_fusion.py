@@ -219,6 +219,29 @@ def test_groups_that_cannot_be_are_refused_and_the_model_is_as_before(fuse, text
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_method_without_a_form_for_several_layers_is_refused():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"fuse: the method 'vera' has no form for layers that run together; leave out fuse"):
+        peftlite.inject_adapters(model, "all-linear", 2, method="vera", fuse=[("query", "key")])
+    assert [name for name, method in peftlite.METHODS.items() if method.fuses()] == ["lora", "dora"]
+
+
+def test_a_subclass_that_runs_in_its_own_way_does_not_run_together_in_another():
+    class Own(peftlite.LoRALinear):
+        def adapted_forward(self, x):
+            return 2 * super().adapted_forward(x)
+
+    class Both(Own):
+        @classmethod
+        def fused_forward(cls, layers, x):
+            return [2 * y for y in super().fused_forward(layers, x)]
+
+    class Same(peftlite.LoRALinear):
+        pass
+
+    assert (Own.fuses(), Both.fuses(), Same.fuses()) == (False, True, True)
+
+
 def test_layers_of_different_width_are_refused():
     model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(5, 4)})
     with pytest.raises(ValueError, match=r"query, key cannot run together: .* lora of 4 and lora of 5 features"):

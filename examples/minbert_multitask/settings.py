@@ -24,7 +24,6 @@ ALL_LINEAR = (
 )
 PLAIN_METHODS = ("full", "linear-probe", "bitfit", "lisa")  # those without adapters
 STEP_METHODS = {"reflora": "lora"}  # those that step the adapters of another method in their own way
-FUSED_METHODS = ("lora", "dora")  # those whose layers can run together
 DEFAULT_LR = {
     **{"full": 1e-4, "lisa": 1e-4, "linear-probe": 1e-3},
     **{"vera": 1e-2, "ia3": 3e-3, "tt_lora": 5e-3},  # vectors and products of many factors: the rates of their authors
@@ -134,7 +133,9 @@ class Settings:
     def fused_names(self) -> list[tuple[str, ...]]:
         """Adapted layers that read the same input, and that `peftlite.inject_adapters` is asked to run together."""
         names = tuple(name for name in ATTENTION if name in self.target_names())
-        return [names] if len(names) > 1 and self.layer_method() in FUSED_METHODS else []
+        if len(names) < 2 or not self.has_adapters():
+            return []
+        return [names] if peftlite.METHODS[self.layer_method()].fuses() else []
 
     def resolved(self) -> Settings:
         """These settings, checked, with every default filled in.
