@@ -73,9 +73,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def blocks(text: str) -> str:
-    """What the functions of tables return, notes and tables of `table` with empty lines between them, as HTML."""
-    parts = (part.strip() for part in text.split("\n\n"))
-    return "\n".join(part if part.startswith("<") else f'<p class="note">{inline(part)}</p>' for part in parts if part)
+    """What the functions of tables return, notes, lists and tables of `table` with empty lines between them, as HTML."""
+    return "\n".join(map(_block, filter(None, (part.strip() for part in text.split("\n\n")))))
+
+
+def _block(part: str) -> str:
+    if part.startswith("<"):
+        return part
+    if part.startswith("* "):
+        items = "".join(f"<li>{inline(line.removeprefix('* '))}</li>" for line in part.split("\n"))
+        return f'<ul class="note">{items}</ul>'
+    return f'<p class="note">{inline(part)}</p>'
 
 
 def picture(figure: Figure, name: str, caption: str) -> str:

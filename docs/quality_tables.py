@@ -158,8 +158,7 @@ def efficiency(found: Found, table: Table) -> str:
         "both on the longest of the pass's batches. Scores are of one seed, at the learning rates that claim B settled on "
         "under autocast, and after as many steps as there."
     )
-    verdicts = "\n".join(f"* {sentence}" for sentence in faster(costs))
-    return "\n\n".join([f"{note} {caption(costs)}", *parts, verdicts])
+    return "\n\n".join([f"{note} {caption(costs)}", *parts, verdict(costs)])
 
 
 def _effects(costs: Mapping[str, Any], table: Table) -> str:
@@ -172,8 +171,8 @@ def _effects(costs: Mapping[str, Any], table: Table) -> str:
     return table(["", *(f"time, {title(task)}" for task in costs), f"saved: {names}", f"peak: {names}"], body)
 
 
-def faster(costs: Mapping[str, Any]) -> list[str]:
-    """Of each way to train all linear layers a sentence: whether it beats full fine-tuning in time and in saved bytes."""
+def verdict(costs: Mapping[str, Any]) -> str:
+    """Of each way to train all linear layers a line: whether it beats full fine-tuning in time and in saved bytes."""
     ways = [f"{name} alone: {TARGETS[1]}, {precision}" for name in ("LoRA", "DoRA") for precision in ("fp32", "bf16")]
     sentences = []
     for way in [*ways, f"DoRA alone: {TARGETS[1]}, fp32, outputs formed anew"]:
@@ -187,11 +186,11 @@ def faster(costs: Mapping[str, Any]) -> list[str]:
         else:
             quick = "no" if min(row["step"][1] for row in found) > 1 else "not on every task"
         sentences.append(
-            f"{way.replace(' alone:', '')}: faster than full fine-tuning: {quick} (medians "
+            f"* {way.replace(' alone:', '')}: faster than full fine-tuning: {quick} (medians "
             f"{', '.join(f'{median:.2f}' for median in medians)}; 80 % quantile at most {highest:.2f}); "
             f"fewer saved bytes: {'yes' if saved < 1 else 'no'} (at most {saved:.2f})."
         )
-    return sentences
+    return "\n".join(sentences)
 
 
 def targets(found: Found, table: Table) -> str:

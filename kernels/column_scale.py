@@ -5,8 +5,6 @@ pass in each direction, which takes the gain in fp32 for y in 16 bits and sums i
 operations the same takes up to three times as long on CPU, and fp32 copies of the 16-bit tensors.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,8 @@ def scale_columns(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
         bias: ``b (out,)`` or None for zero.
     """
     if y.dtype.itemsize == 2 and gain.dtype == torch.float32 and y.device.type == "cpu" and y.numel():
-        one, zero, nowhere = _constants(gain.numel())
-        centre = zero if bias is None else bias.to(gain.dtype)
+        one, nowhere = torch.ones_like(gain), gain.new_empty(0)
+        centre = torch.zeros_like(gain) if bias is None else bias.to(gain.dtype)
         torch.ops.aten.native_batch_norm.out(
             y, gain, centre, centre, one, False, 0.0, 0.0, out=y, save_mean=nowhere, save_invstd=nowhere
         )
@@ -29,12 +27,6 @@ def scale_columns(y: Tensor, gain: Tensor, bias: Tensor | None) -> None:
         torch.mul(y, gain, out=y)
     else:
         torch.addcmul(torch.addcmul(bias, gain, bias, value=-1), y, gain, out=y)
-
-
-@functools.lru_cache(maxsize=64)
-def _constants(columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A variance of 1, a mean or shift of 0, and room for nothing, in fp32: small layers notice what making them takes."""
-    return torch.ones(columns), torch.zeros(columns), torch.empty(0)
 
 
 def scale_columns_backward(
@@ -51,7 +43,6 @@ def scale_columns_backward(
     """
     if not dy.numel():  # the fused kernel divides by the number of rows
         return torch.empty_like(dy), torch.zeros_like(gain)
-    one = _constants(gain.numel())[0] if gain.dtype == torch.float32 and gain.device.type == "cpu" else torch.ones_like(gain)
     shift = torch.zeros_like(gain) if bias is None else bias.to(gain.dtype)
     wide = gain.dtype == torch.float64  # the fused kernel takes parameters of the same dtype, or fp32 for 16 bits
     inner_grad, total, _ = torch.ops.aten.native_batch_norm_backward(
@@ -59,7 +50,7 @@ def scale_columns_backward(
         y.to(gain.dtype) if wide else y,
         gain,
         shift,
-        one,
+        torch.ones_like(gain),
         None,
         None,
         False,

@@ -87,7 +87,7 @@ def row_norm(
         acc = accumulation_dtype(weight, lora_a, lora_b)
         a, b = lora_a.to(acc), lora_b.to(acc)
         if weight.numel() <= SMALL:
-            return _direct(weight, a, b, scale)
+            return _direct(weight.to(acc), a, b, scale)
         if weight.device.type != "cpu":
             return torch.cat([_direct(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
         # The probe makes one more column of `cross`. B has a column of zeros beside it, so that all that follows runs over
@@ -111,7 +111,7 @@ def row_norm(
             return square.sqrt_()
         few = (square < floor).nonzero().squeeze(1)  # a square below 0 is among them
         norm = square.sqrt_()
-        norm[few] = _direct(weight[few], a, b[few], scale)
+        norm[few] = _direct(weight[few].to(acc), a, b[few], scale)
         return norm
 
 
@@ -176,9 +176,7 @@ def formed_norm(whole: Tensor) -> Tensor:
 
 
 def _direct(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    wide = weight.to(a.dtype)
-    whole = torch.addmm(wide, b, a, alpha=scale) if wide is weight else wide.addmm_(b, a, alpha=scale)
-    return torch.linalg.vector_norm(whole, dim=1)
+    return torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=scale), dim=1)
 
 
 def _blocks(weight: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -74,6 +74,7 @@ def efficiency(results: Results) -> Section:
     unit = "ratio of times (no unit, logarithmic); bar: 20 to 80 % of the rounds"
     parts = [
         picture(plots.effects(rows, unit, "Each effect alone"), "effects", caption),
+        blocks(quality_tables.verdict(costs)),
         folded("Time, memory and score of each, and all effects", blocks(quality_tables.efficiency(results["quality"], table))),
     ]
     caveat = (

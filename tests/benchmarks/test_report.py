@@ -203,6 +203,12 @@ def test_one_seed_and_missing_parts_are_drawn() -> None:
     assert methods.floor([1.0, 50.0]) == 1.0
 
 
+def test_lists_become_html() -> None:
+    assert blocks("Note `x`:\n\n* one\n* two\n\n<table></table>") == (
+        '<p class="note">Note <code>x</code>:</p>\n<ul class="note"><li>one</li><li>two</li></ul>\n<table></table>'
+    )
+
+
 def test_text_becomes_html() -> None:
     assert inline("a < b & **c** ``d`` `e`") == "a &lt; b &amp; <strong>c</strong> <code>d</code> <code>e</code>"
     made = table(["", "met"], [["x", "**no**"], ["y", "yes"], ["z", "peft is ahead"], ["1.5 MiB", "no"]])

@@ -174,8 +174,8 @@ def test_what_is_said_of_faster_training(sst, sts, answer) -> None:
     def cost(step):
         return {"figures": {"effects": {name: {"step": step, "saved_mib": 0.5} for name in effects()}}}
 
-    for sentence in quality_tables.faster({"sst": cost(sst), "sts": cost(sts)}):
-        assert f"faster than full fine-tuning: {answer}; fewer saved bytes: yes (at most 0.50)." in sentence
+    for line in quality_tables.verdict({"sst": cost(sst), "sts": cost(sts)}).split("\n"):
+        assert f"faster than full fine-tuning: {answer}; fewer saved bytes: yes (at most 0.50)." in line
 
 
 def test_every_target_has_a_figure(run) -> None:
