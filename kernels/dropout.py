@@ -41,13 +41,11 @@ def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
     Raises:
         ValueError: if `dropout` is not in [0, 1).
     """
-    if not dropout:
-        return None, 1.0
-    drops, keep = drop_threshold(dropout), keep_probability(dropout)
+    drops = drop_threshold(dropout)
     if not drops:
-        return None, keep
+        return None, 1.0
     # Compiled code has no `random_`, and draws the same numbers by a registered operation.
-    return (_draw_op if torch.compiler.is_compiling() else _draw)(x.detach(), drops), keep
+    return (_draw_op if torch.compiler.is_compiling() else _draw)(x.detach(), drops), keep_probability(dropout)
 
 
 def _draw(x: Tensor, drops: int) -> Tensor:
