@@ -34,7 +34,6 @@ RANK = 1  # of the paper's final comparison
 AMPS = {"fp32": "off", "bf16": "bf16"}
 TARGETS = ("attn", "all-linear")
 METHODS = ("lora", "dora")
-LEAN = "dora-fp32-all-linear-lean"  # the only way that keeps more bytes than full fine-tuning, with the example's remedy
 IN_MEMORY = (  # of the authors' own figures, in fp32
     "full-fp32", "lora-fp32-attn", "lora-fp32-all-linear", "dora-fp32-attn",
 )
@@ -54,7 +53,7 @@ class Candidate(NamedTuple):
 
 
 def candidates() -> dict[str, Candidate]:
-    """Full fine-tuning, which has no targets, and both methods on both targets, each in both precisions; and `LEAN`."""
+    """Full fine-tuning, which has no targets, and both methods on both targets, each in both precisions."""
     found = []
     for precision, amp in AMPS.items():
         found.append(Candidate(f"full-{precision}", RECIPES["full"], amp))
@@ -62,8 +61,6 @@ def candidates() -> dict[str, Candidate]:
             for targets in TARGETS:
                 name = f"{method}-{precision}-{targets}"
                 found.append(Candidate(name, Recipe(name, method, rank=RANK, settings={"targets": targets}), amp))
-    lean = {"targets": "all-linear", "lean": True}
-    found.append(Candidate(LEAN, Recipe(LEAN, "dora", rank=RANK, settings=lean), AMPS["fp32"]))
     return {candidate.name: candidate for candidate in found}
 
 
@@ -83,8 +80,6 @@ def effects() -> dict[str, tuple[str, str]]:
     for precision in AMPS:
         for targets in TARGETS:
             found[f"DoRA / LoRA: {targets}, {precision}"] = (f"dora-{precision}-{targets}", f"lora-{precision}-{targets}")
-    found["outputs formed anew: DoRA, all-linear, fp32"] = (LEAN, LEAN.removesuffix("-lean"))
-    found["DoRA alone: all-linear, fp32, outputs formed anew"] = (LEAN, "full-fp32")
     for method in METHODS:
         title = {"lora": "LoRA", "dora": "DoRA"}[method]
         found[f"both at once, as the paper compares: {title}"] = (f"{method}-bf16-all-linear", "full-fp32")
@@ -222,8 +217,7 @@ def score_cell(task: str, candidate: Candidate) -> str:
     same = {"full-bf16": "full", "lora-bf16-all-linear": f"lora-r{RANK}"}
     if candidate.name in same:
         return first_key(task, same[candidate.name])
-    # What is formed anew differs by rounding alone, and is not trained another time.
-    return key("A", task, candidate.name.removesuffix("-lean"), "seed0")
+    return key("A", task, candidate.name, "seed0")
 
 
 def jobs(study: Study) -> list[Job]:

@@ -153,7 +153,6 @@ def efficiency(found: Found, table: Table) -> str:
         parts.append(f"{note}\n\n{table(header, body)}")
     parts.append(f"Each effect alone, as ratios of paired passes (20..80 %).\n\n{_effects(costs, table)}")
     note = (
-        "Lean DoRA keeps no output that nothing else keeps (those of output.dense), and forms it anew in the backward pass. "
         "Peak is what weights, gradients, optimizer and activations hold at once; saved is what autograd keeps for backward; "
         "both on the longest of the pass's batches. Scores are of one seed, at the learning rates that claim B settled on "
         "under autocast, and after as many steps as there."
@@ -175,7 +174,7 @@ def verdict(costs: Mapping[str, Any]) -> str:
     """Of each way to train all linear layers a line: whether it beats full fine-tuning in time and in saved bytes."""
     ways = [f"{name} alone: {TARGETS[1]}, {precision}" for name in ("LoRA", "DoRA") for precision in ("fp32", "bf16")]
     sentences = []
-    for way in [*ways, f"DoRA alone: {TARGETS[1]}, fp32, outputs formed anew"]:
+    for way in ways:
         found = [cell["figures"]["effects"][way] for cell in costs.values()]
         medians, highest = [row["step"][0] for row in found], max(row["step"][2] for row in found)
         saved = max(row["saved_mib"] for row in found)

@@ -15,6 +15,7 @@ from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.lora_linear import lora_linears
 from peftlite.kernels.low_rank import LoRAArguments, by_rank, flatten, unflatten
 from peftlite.kernels.row_norm import BaseSquare, accumulation_dtype
+from peftlite.kernels.summed_output import Summed, SummedOutput
 from peftlite.kernels.weight_decomposed import (
     DoRAArguments,
     DoRANeeds,
@@ -36,7 +37,7 @@ def dora_linear(
     dropout: float = 0.0,
     dropout_mode: str = "lowrank",
     norm_grad: bool = False,
-    keep_output: bool = True,
+    keep_output: bool | SummedOutput = True,
     base_square: BaseSquare | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -60,7 +61,7 @@ def dora_linear(
         norm_grad: differentiate through the norm too.
         keep_output: keep y for the gradient of the magnitude. What follows often keeps it as well, and then it costs nothing;
             otherwise False spares its ``M x out`` elements, and lets what follows write into y, for one more product with W
-            in the backward pass.
+            in the backward pass. A `SummedOutput` offers y anew; eager code on ATen calls accepts it, and elsewhere it is True.
         base_square: keeps ``‖W‖²`` of this layer's weight from one call to the next, and sees when W has changed.
         impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
@@ -87,7 +88,7 @@ def dora_linears(
     dropout: float = 0.0,
     dropout_mode: str = "lowrank",
     norm_grad: bool = False,
-    keep_output: bool = True,
+    keep_output: bool | SummedOutput = True,
     base_squares: Sequence[BaseSquare | None] | None = None,
     impl: str = "auto",
 ) -> list[Tensor]:
@@ -115,12 +116,12 @@ def dora_linears(
     if implementation == "triton" and (dropout_mode == "lowrank" or dropout == 0.0):
         from peftlite.kernels.dora_linear_triton import dora_linears_triton
 
-        return dora_linears_triton(x, layers, dropout, norm_grad, keep_output)
+        return dora_linears_triton(x, layers, dropout, norm_grad, bool(keep_output))
     mask, keep = draw_keep_mask(x, dropout)
     squares = [None] * len(layers) if base_squares is None else base_squares
     if mask is not None and dropout_mode == "peft":
         dropped = x * kept(mask, x.shape, x.dtype) / keep
-        options: dict[str, Any] = {"norm_grad": norm_grad, "keep_output": keep_output, "impl": implementation}
+        options: dict[str, Any] = {"norm_grad": norm_grad, "keep_output": bool(keep_output), "impl": implementation}
         inner = dora_linears(dropped, layers, base_squares=squares, **options)
         # W alone, as a low-rank path of rank 0: `F.linear` would keep a cast copy of W for its backward pass.
         bare = [LoRAArguments(w, None, a[:0].detach(), b[:, :0].detach(), 0.0) for w, _, a, b, *_ in layers]
@@ -131,7 +132,7 @@ def dora_linears(
     rows = x.reshape(-1, x.shape[-1])
     # See lora_linears on why compiled and eager code differ here.
     if torch.compiler.is_compiling():
-        ys = [_forward_op(rows, *layer, mask, keep, norm_grad, keep_output)[0] for layer in layers]
+        ys = [_forward_op(rows, *layer, mask, keep, norm_grad, bool(keep_output))[0] for layer in layers]
     else:
         flat = flatten([(*layer, square) for layer, square in zip(layers, squares, strict=True)])
         ys = list(_DoRA.apply(rows, mask, keep, norm_grad, keep_output, *flat)[: len(layers)])
@@ -144,7 +145,7 @@ class _DoRA(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, mask: Tensor | None, keep: float, norm_grad: bool, keep_output: bool, *flat: Any
+        x: Tensor, mask: Tensor | None, keep: float, norm_grad: bool, keep_output: bool | SummedOutput, *flat: Any
     ) -> tuple[Tensor, ...]:
         count = len(flat) // 7
         layers = [DoRAArguments(*layer) for layer in unflatten(flat[: 6 * count], 6)]
@@ -162,6 +163,9 @@ class _DoRA(torch.autograd.Function):
         need = [needs[2:5] for needs in unflatten(ctx.needs_input_grad[5 : 5 + 6 * count], 6)]
         need_y = [m or (ctx.norm_grad and (a or b)) for a, b, m in need]
         need_x = any(need_y) or any(a for a, _, _ in need)
+        ctx.offer = keep_output if isinstance(keep_output, SummedOutput) and count == 1 and need_y[0] else None
+        if ctx.offer is not None:
+            ctx.offer.accepted, keep_output = True, False
         kept = [y if needed and keep_output else None for y, needed in zip(ys, need_y, strict=True)]
         ctx.save_for_backward(x if need_x else None, mask, h, *kept, *norms, *flat[: 5 * count])
 
@@ -170,7 +174,10 @@ class _DoRA(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mask, h, *saved = saved_tensors("dora_linear", ctx)
         count = len(ctx.scales)
-        ys, norms, flat = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        ys: list[Tensor | Summed | None] = list(saved[:count])
+        norms, flat = saved[count : 2 * count], saved[2 * count :]
+        if ctx.offer is not None:
+            ys[0] = ctx.offer.take()
         layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
         hs = by_rank(h, layers, 1)
         need_x = ctx.needs_input_grad[0]

@@ -26,12 +26,14 @@ from peftlite.kernels.low_rank import (
     updated_weight,
 )
 from peftlite.kernels.row_norm import BaseSquare, formed_norm, inverse_norm_gradients, row_norm
+from peftlite.kernels.summed_output import Summed
 
 EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
 LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
 SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed in fp16
 LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
-SAMPLE = 16  # rows of y, at most, that this mean is taken over
+LARGE_SUM = 2.0**10  # times that mean: above it, a y that was had from a residual sum has lost them; fp32 keeps 14 bits more
+SAMPLE = 16  # rows of y, at most, that these means are taken over
 IN_CACHE = 1 << 20  # elements of W: up to here what is formed of W is still in cache when the product reads it
 
 
@@ -117,7 +119,7 @@ def weight_decomposed_backward(
     dys: Sequence[Tensor],
     x: Tensor | None,
     layers: Sequence[DoRAArguments],
-    ys: Sequence[Tensor | None],
+    ys: Sequence[Tensor | Summed | None],
     hs: Sequence[Tensor],
     norms: Sequence[Tensor],
     mask: Tensor | None,
@@ -146,9 +148,13 @@ def weight_decomposed_backward(
                 inner_grad, total = scale_columns_backward(dy, inner, gains[k], None, scaled=not formed)
                 dms[k] = total / norms[k]
                 return inner_grad
-            inner_grad, dm = scale_columns_backward(dy, y, gains[k], layer.bias, scaled=not formed)
+            output = y.y if isinstance(y, Summed) else y
+            inner_grad, dm = scale_columns_backward(dy, output, gains[k], layer.bias, scaled=not formed)
             dm /= layer.magnitude
-            lost = _lost_columns(y, layer.bias, gains[k], dm)
+            if isinstance(y, Summed):
+                lost = _lost_in_sum(*y, layer.bias)
+            else:
+                lost = _lost_columns(y, layer.bias, gains[k], dm)
             if lost is not None:
                 inner = _inner_columns(lost, x, layer, hs[k], keep)
                 dm[lost] = (inner.to(dm.dtype) * dy[:, lost]).sum(0) / norms[k][lost]
@@ -233,6 +239,17 @@ def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> T
             swamped = ~(share.abs() <= limit) & ((bias != 0) | ~dm.isfinite())
             lost = swamped if lost is None else lost | swamped
     return None if lost is None else lost.nonzero().squeeze(1)
+
+
+def _lost_in_sum(y: Tensor, total: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The same for a y that was had from the sum `total`: sum or bias are so large that few digits of the product are left."""
+    every = y.shape[0] // SAMPLE + 1
+    sample = y[::every]
+    inner = (sample if bias is None else sample - bias).abs() * (sample != 0)  # where y was dropped it tells nothing
+    share = (sample.abs() + total[::every].abs()).sum(0) / inner.sum(0)  # not finite where m is zero
+    if not _exceeds(share, LARGE_SUM):
+        return None
+    return (~(share <= LARGE_SUM)).nonzero().squeeze(1)
 
 
 def _exceeds(values: Tensor, limit: float) -> bool:

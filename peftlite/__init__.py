@@ -42,6 +42,7 @@ from peftlite.methods import XGBLoRALinear as XGBLoRALinear
 from peftlite.quantization import QuantizedLinear as QuantizedLinear
 from peftlite.quantize import dequantize_base as dequantize_base
 from peftlite.quantize import quantize_base as quantize_base
+from peftlite.residual import residual_sum as residual_sum
 from peftlite.selection import top_layers as top_layers
 from peftlite.selection import train_only as train_only
 from peftlite.targets import find_targets as find_targets

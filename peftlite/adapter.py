@@ -165,12 +165,6 @@ class AdapterLinear(nn.Module, ABC):
         """The outputs of several layers for one x ``(..., in)``; a method whose layers can share work defines it."""
         raise NotImplementedError(f"{cls.__name__} has no form for layers that run together.")
 
-    @classmethod
-    def fuses(cls) -> bool:
-        """Whether layers of this method can run together: `fused_forward` computes what its `adapted_forward` does."""
-        together, alone = (next(c for c in cls.__mro__ if name in vars(c)) for name in ("fused_forward", "adapted_forward"))
-        return together is not AdapterLinear and issubclass(together, alone)  # or a subclass has changed one of them only
-
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``(..., in)`` to ``(..., out)``."""
         if self._standing == "base":

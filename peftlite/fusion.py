@@ -99,6 +99,12 @@ def fuse_adapters(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
             layer.group = fused
 
 
+def can_fuse(method: type[AdapterLinear]) -> bool:
+    """Whether layers of the `method` can run together: its `fused_forward` computes what its `adapted_forward` does."""
+    together, alone = (next(c for c in method.__mro__ if name in vars(c)) for name in ("fused_forward", "adapted_forward"))
+    return together is not AdapterLinear and issubclass(together, alone)  # or a subclass has changed one of them only
+
+
 def _members(group: tuple[str, ...], layers: dict[str, AdapterLinear]) -> list[dict[str, AdapterLinear]]:
     """The adapted layers of every parent that holds all names of `group`."""
     asked = f"fuse: ({', '.join(map(repr, group))})"
@@ -131,7 +137,7 @@ def _check(members: dict[str, AdapterLinear], taken: set[int]) -> None:
         if id(layer) in taken:
             raise ValueError(f"fuse: {name} is in two groups; a layer can be in one.")
         taken.add(id(layer))
-    if not first.fuses():
+    if not can_fuse(type(first)):
         raise ValueError(f"fuse: the method {first.method!r} has no form for layers that run together; leave out fuse.")
     for layer in others:
         if type(layer) is not type(first) or layer.in_features != first.in_features:

@@ -20,7 +20,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("training.controller", "starting_point"),  # the base of every controller, also of those that live in their method's file
     ("methods.*",),
     ("methods",),
-    ("targets", "fusion"),
+    ("targets", "fusion", "residual"),
     ("inject", "training.*"),
     ("training",),
     ("merge", "quantize", "convert", "selection", "checkpoint", "interop.*", "analysis.*"),

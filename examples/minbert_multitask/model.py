@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import peftlite
+
 # The names that BERT checkpoints use in `hidden_act`; the tanh forms are one formula under three names.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     **dict.fromkeys(("gelu", "gelu_python"), nn.GELU),
@@ -102,15 +104,15 @@ class BertEmbeddings(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
     """`dropout(softmax(q kᵀ / √hs + mask)) v`, `(B, nh, T, hs)` each (Vaswani et al. 2017, arXiv:1706.03762, §3.2)."""
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+    if q.device.type == "cpu" and (q.dtype in (torch.bfloat16, torch.float16) or dropout) and torch.is_grad_enabled():
         return PlainAttention.apply(q, k, v, mask, dropout)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 class PlainAttention(torch.autograd.Function):
-    """The same in single products: torch's CPU kernel takes ten times as long backward in bf16 (torch 2.13).
+    """The same in single products: torch's CPU kernel is ten times as slow backward in bf16 and knows no dropout (torch 2.13).
 
-    It saves q, k and v as they come, in the storage of the linears' outputs; autograd would save contiguous copies.
+    It saves q, k and v as they come, in the storage of the linears' outputs; autograd would save copies.
     """
 
     @staticmethod
@@ -163,7 +165,8 @@ class BertResidual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (B, T, H)
+        dropout = self.dropout.p if self.training else 0.0
+        return self.LayerNorm(peftlite.residual_sum(self.dense, x, residual, dropout))  # (B, T, H)
 
 
 class BertAttention(nn.Module):

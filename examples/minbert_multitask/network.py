@@ -137,10 +137,6 @@ def prepare_training(
             seed=settings.seed,
             **(options or {}),
         )
-        if settings.lean:
-            for name, layer in peftlite.adapters(network.backbones).items():
-                # What follows is a sum, which keeps nothing; attention and GELU keep what the other layers give them.
-                layer.keep_output = not name.endswith("output.dense")
     elif settings.method == "linear-probe":
         network.backbones.requires_grad_(False)
     elif settings.method == "bitfit":

@@ -13,6 +13,7 @@ import peftlite
 from examples.minbert_multitask.heads import HEADS
 from examples.minbert_multitask.schedule import LR_SCHEDULES, SAMPLINGS
 from examples.minbert_multitask.tasks import SST_LOSSES, STS_LOSSES, find_task
+from peftlite.fusion import can_fuse
 
 ATTENTION = ("query", "key", "value")
 # Patterns rather than "all-linear", since that would take in a pooler; the pooler and the heads are never adapted.
@@ -72,7 +73,6 @@ class Settings:
     sts_loss: str = _option("mse", "mse, or pearson (1 - r over the batch)")
     amp: str = _option("off", "autocast of the backbone: off, bf16 or fp16 (CUDA only)")
     base_dtype: str = _option("auto", "frozen weights under adapters: fp32, bf16, or auto: bf16 with --amp bf16")
-    lean: bool = _option(False, "DoRA: keep no output that nothing else keeps, for one more product with its weight")
     optimizer: str = _option("adamw", "adamw or adamax")
     lr: float | None = _option(None, "peak learning rate; default: that of the method, 1e-3 for LoRA and 1e-4 for full")
     head_lr: float | None = _option(None, "peak learning rate of the heads; default: 1e-3")
@@ -135,7 +135,7 @@ class Settings:
         names = tuple(name for name in ATTENTION if name in self.target_names())
         if len(names) < 2 or not self.has_adapters():
             return []
-        return [names] if peftlite.METHODS[self.layer_method()].fuses() else []
+        return [names] if can_fuse(peftlite.METHODS[self.layer_method()]) else []
 
     def resolved(self) -> Settings:
         """These settings, checked, with every default filled in.
@@ -165,8 +165,6 @@ class Settings:
             raise ValueError(
                 "unfreeze 'progressive' contradicts method 'lisa', which draws the layers that train; use 'full'"
             )
-        if self.lean and self.layer_method() != "dora":
-            raise ValueError(f"lean is about the outputs that DoRA keeps, and method {self.method!r} keeps none; leave it out")
         self.multipliers()
         for name in ("rank", "accumulate", "epochs", "steps", "batch_size", "max_length", "eval_every", "save_every",
                      "log_every", "threads"):  # fmt: skip

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from peftlite.adapter import AdapterLinear
 from peftlite.kernels.dora_linear import dora_linears
 from peftlite.kernels.row_norm import BaseSquare, row_norm
+from peftlite.kernels.summed_output import SummedOutput
 from peftlite.kernels.weight_decomposed import EPS, DoRAArguments
 from peftlite.options import check_dropout
 
@@ -34,9 +35,9 @@ class DoRALinear(AdapterLinear):
             direction too, as Hugging Face PEFT does, which costs a second product with W.
         norm_grad: differentiate through the norm. By default it is a constant of the graph (§4.3 of the paper).
         keep_output: keep the output for the gradient of the magnitude. What follows often keeps it too, and then it is there
-            once. Where it does not (a residual sum), False spares that memory for one more product with W in the backward
-            pass. May be set on a single layer at any time, ``layer.keep_output = False``; of layers that run together (`fuse`)
-            the first one's setting holds.
+            once. Where it does not, False spares that memory for one more product with W in the backward pass, and for a
+            residual sum `peftlite.residual_sum` does without that product. May be set on a single layer at any time,
+            ``layer.keep_output = False``; of layers that run together (`fuse`) the first one's setting holds.
 
     Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
 
@@ -62,7 +63,7 @@ class DoRALinear(AdapterLinear):
         if dropout_mode not in ("lowrank", "peft"):
             raise ValueError(f"dropout_mode must be 'lowrank' or 'peft', got {dropout_mode!r}.")
         self.dropout, self.dropout_mode, self.norm_grad = check_dropout(dropout), dropout_mode, norm_grad
-        self.keep_output = keep_output
+        self.keep_output: bool | SummedOutput = keep_output  # an offer during a call by `residual_sum`, and only then
         self.create_factors(alpha, rslora)
         self._base_square = BaseSquare()
         self.magnitude = nn.Parameter(row_norm(self.base_weight(), self.lora_a, self.lora_b, self.scale))

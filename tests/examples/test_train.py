@@ -1,6 +1,7 @@
 """Settings, the network, the optimizer and the training step; the command lines' errors."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from examples.minbert_multitask.optimizer import make_optimizer
 from examples.minbert_multitask.run_folder import RunFolder
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.trainer import Trainer
+from peftlite.analysis.meters import saved_for_backward
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,16 +126,18 @@ def test_layers_that_read_the_same_input_run_together(tiny, method, targets, tog
     assert grouped == together
 
 
-def test_lean_keeps_the_outputs_that_softmax_and_gelu_keep(tiny):
-    settings = tiny(method="dora", lean=True).resolved()
-    network, _ = build_network(settings)
-    prepare_training(network, settings)
-    kept = {name.partition("layer.0.")[2]: layer.keep_output for name, layer in peftlite.adapters(network).items()}
-    lean = {"attention.output.dense", "output.dense"}
-    assert {name for name, keeps in kept.items() if name and not keeps} == lean
-    assert len(kept) > 1 + len(lean)
-    with pytest.raises(ValueError, match="lean is about the outputs that DoRA keeps, and method 'lora' keeps none"):
-        Settings(lean=True).resolved()
+def test_dora_keeps_no_output_that_nothing_else_keeps(tiny):
+    saved, elements = {}, {}
+    for method in ("lora", "dora"):
+        settings = tiny(method=method).resolved()
+        network, _ = build_network(settings)
+        prepare_training(network, settings)
+        bert = network.train().backbones["shared"]
+        ids = torch.ones(3, 17, dtype=torch.int64)
+        saved[method] = saved_for_backward(functools.partial(bert, ids, torch.ones_like(ids)), exclude=[network, ids])
+        elements[method] = sum(layer.out_features for layer in peftlite.adapters(network).values())
+    norms = saved["dora"].bytes - saved["lora"].bytes
+    assert 0 < norms <= 2 * 4 * elements["dora"]  # n, and nothing of the size of an output
 
 
 @pytest.mark.parametrize("backbones", [1, 2])
