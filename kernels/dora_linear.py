@@ -163,10 +163,9 @@ class _DoRA(torch.autograd.Function):
         need = [needs[2:5] for needs in unflatten(ctx.needs_input_grad[5 : 5 + 6 * count], 6)]
         need_y = [m or (ctx.norm_grad and (a or b)) for a, b, m in need]
         need_x = any(need_y) or any(a for a, _, _ in need)
-        ctx.offer = keep_output if isinstance(keep_output, SummedOutput) and count == 1 and need_y[0] else None
-        if ctx.offer is not None:
-            ctx.offer.accepted, keep_output = True, False
-        kept = [y if needed and keep_output else None for y, needed in zip(ys, need_y, strict=True)]
+        offered = isinstance(keep_output, SummedOutput) and count == 1 and need_y[0] and keep_output.accept()
+        ctx.offer = keep_output if offered else None
+        kept = [y if needed and keep_output and not offered else None for y, needed in zip(ys, need_y, strict=True)]
         ctx.save_for_backward(x if need_x else None, mask, h, *kept, *norms, *flat[: 5 * count])
 
     @staticmethod

@@ -5,6 +5,7 @@ comes next, what follows keeps s and residual (a norm the one, the next linear t
 wherever the gradient of y is not zero.
 """
 
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,19 @@ class Summed(NamedTuple):
 
 
 class SummedOutput:
-    """An offer to a linear: keep no output, the sum will hand it over. The linear sets `accepted` in its forward pass."""
+    """An offer to a linear: keep no output, the sum will hand it over."""
 
     def __init__(self) -> None:
         self.accepted = False
         self._summed: Summed | None = None
+        self._thread = get_ident()
+
+    def accept(self) -> bool:
+        """Called by the forward pass of the linear; False on a thread that has come upon the offer of another one."""
+        if self._thread != get_ident():
+            return False
+        self.accepted = True
+        return True
 
     def hand_over(self, summed: Summed) -> None:
         """Called by the backward pass of the sum, which comes before that of the linear."""

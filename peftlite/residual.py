@@ -39,9 +39,9 @@ def residual_sum(layer: nn.Module, x: Tensor, residual: Tensor, dropout: float =
         True
     """
     check_dropout(dropout)
-    offer = SummedOutput()
+    offer = None
     if isinstance(layer, DoRALinear) and layer.keep_output is True and _can_be_had(layer, x, residual):
-        layer.keep_output = offer
+        layer.keep_output = offer = SummedOutput()
         try:
             y = layer(x)
         finally:
@@ -49,7 +49,7 @@ def residual_sum(layer: nn.Module, x: Tensor, residual: Tensor, dropout: float =
     else:
         y = layer(x)
     y = F.dropout(y, dropout) if dropout else y
-    return add_residual(y, residual, 1 - dropout, offer) if offer.accepted else y + residual
+    return y + residual if offer is None or not offer.accepted else add_residual(y, residual, 1 - dropout, offer)
 
 
 def _can_be_had(layer: DoRALinear, x: Tensor, residual: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Residual sums: the plain sum and its gradients, without the output that DoRA would keep."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import peftlite
 from peftlite import DoRALinear, LoRALinear, residual_sum
 from peftlite.analysis.meters import flops, saved_for_backward
+from peftlite.kernels.summed_output import Summed, SummedOutput
 
 IN, OUT, P = 13, 7, 0.3
 
@@ -182,6 +185,18 @@ def test_twice_backward_and_checkpoints():
         layer.zero_grad()
         checkpoint(residual_sum, layer, x, residual, use_reentrant=reentrant).pow(3).sum().backward()
         torch.testing.assert_close(layer.magnitude.grad, first)
+
+
+def test_an_offer_is_for_its_own_thread():
+    """Two threads may train one model; neither takes the other's outputs for its own."""
+    layer, x = make_layer(torch.float64), torch.randn(5, IN, dtype=torch.float64)
+    expected = torch.autograd.grad(layer(x).pow(2).sum(), layer.magnitude)[0]
+    with ThreadPoolExecutor(1) as other:
+        layer.keep_output = other.submit(SummedOutput).result()
+    found = layer(x)
+    assert not layer.keep_output.accepted
+    layer.keep_output.hand_over(Summed(torch.zeros(5, OUT), torch.zeros(5, OUT)))
+    assert torch.equal(torch.autograd.grad(found.pow(2).sum(), layer.magnitude)[0], expected)
 
 
 def test_a_sum_that_is_changed_in_place_says_so():
