@@ -107,20 +107,30 @@ def peers(results: Results) -> Section:
     return Section("peers", title, claim, command, outcome, parts, caveat, where(found.values()))
 
 
+def whole_share(cell: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
+    """Our saved bytes as a share of those of full fine-tuning that trains the embeddings as well, where it was measured."""
+    candidates = cell["figures"]["candidates"]
+    ours, whole = candidates[row["sides"]["saved_mib"][0]], candidates.get("full")
+    return None if whole is None else ours["saved_mib"] / whole["saved_mib"]
+
+
 def full_verdict(found: Mapping[str, Any]) -> str:
     """In how many cells LoRA and DoRA on all linear layers are surely faster than full fine-tuning, and in how many leaner."""
     words = []
     for method in ("LoRA", "DoRA"):
         for amp, name in PRECISIONS.items():
             rows = [
-                cell["figures"]["ratios"][f"ours {method} / full"]
+                (cell, cell["figures"]["ratios"][f"ours {method} / full"])
                 for cell in found.values()
                 if cell["settings"]["amp"] == amp and cell["settings"]["targets"] == "all-linear"
                 and f"ours {method} / full" in cell["figures"]["ratios"]
             ]  # fmt: skip
             if rows:
-                faster, leaner = (sum(standing(row, m) == "theirs" for row in rows) for m in ("step", "saved_mib"))
+                faster, leaner = (sum(standing(row, m) == "theirs" for _, row in rows) for m in ("step", "saved_mib"))
                 words.append(f"{method} in {name}: faster in {faster} of {counted(len(rows), 'cell')}, leaner in {leaner}")
+                whole = [share for cell, row in rows if (share := whole_share(cell, row)) is not None]
+                if whole:
+                    words[-1] += f" ({sum(share < 1 for share in whole)} where the embeddings train too)"
     return "; ".join(words) + "." if words else "Other targets than all linear layers were measured."
 
 
@@ -133,22 +143,31 @@ def full(results: Results) -> Section:
         "here autocast, LoRA and DoRA stand alone and together."
     )
     command, title = "python -m benchmarks.steps --preset peers", "Against full fine-tuning, per step"
-    rows = [
-        [f"{method}, {plots.cell_label(cell['settings'])}", _spread(row["step"]), _spread(row["saved_mib"]),
-         "yes" if standing(row, "step") == standing(row, "saved_mib") == "theirs" else "**no**"]
-        for method in ("LoRA", "DoRA")
-        for cell in found.values()
-        if cell["settings"]["targets"] == "all-linear" and (row := cell["figures"]["ratios"].get(f"ours {method} / full"))
-    ]  # fmt: skip
+    rows = []
+    for method in ("LoRA", "DoRA"):
+        for cell in found.values():
+            row = cell["figures"]["ratios"].get(f"ours {method} / full")
+            if cell["settings"]["targets"] != "all-linear" or row is None:
+                continue
+            share = whole_share(cell, row)
+            if standing(row, "step") == standing(row, "saved_mib") == "theirs":
+                both = "yes"
+            else:
+                both = "where the embeddings train too" if standing(row, "step") == "theirs" and (share or 1) < 1 else "**no**"
+            label = f"{method}, {plots.cell_label(cell['settings'])}"
+            rows.append([label, _spread(row["step"]), _spread(row["saved_mib"]), f"{share:.3f}" if share else "", both])
     shown = {key: cell for key, cell in found.items() if plots.FULL.keys() & cell["figures"]["ratios"].keys()}
     if not shown:
         return Section("full", title, claim, command)
     outcome = full_verdict(found)
     caption = (
         "Ours divided by full fine-tuning with frozen embeddings, which is what adapters compete with: with the embeddings "
-        "trained too, full fine-tuning is dearer. The last three compare with fp32."
+        "trained too, full fine-tuning is dearer in both. The last three compare with fp32."
     )
-    header = ["all-linear, beside full fine-tuning", "step time (20..80 %)", "saved bytes", "less of both"]
+    header = [
+        "all-linear, beside full fine-tuning", "step time (20..80 %)", "saved bytes", "saved bytes, embeddings trained too",
+        "less of both",
+    ]  # fmt: skip
     parts = [picture(plots.forest(shown, plots.FULL, ahead=("ours cheaper", "ours dearer")), "full", caption)]
     parts += [table(header, rows)] if rows else []
     caveat = (

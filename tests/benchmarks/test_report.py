@@ -18,7 +18,7 @@ from benchmarks.page import blocks, inline, table
 from benchmarks.plots import methods, quality, steps
 from benchmarks.plots.style import COLOURS, svg
 from benchmarks.sections.results import digests, read
-from benchmarks.sections.steps import closing_note, peer_rows, standing
+from benchmarks.sections.steps import closing_note, full_verdict, peer_rows, standing
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
 
@@ -138,6 +138,22 @@ def test_a_peer_that_is_ahead_is_marked_and_explained(made_up: dict) -> None:
     behind = level | {"step": [0.9, 0.8, 0.95]}
     assert "fp32: **peft is ahead** in time (peft LoRA / ours 0.90 (0.80..0.95)), with 1.00 of our FLOPs" in closing_note(
         [("fp32", "peft LoRA / ours", behind)]
+    )
+
+
+def test_bytes_are_told_beside_both_kinds_of_full_fine_tuning() -> None:
+    """LoRA keeps h besides what frozen embeddings leave to keep, and less than where the embeddings train."""
+
+    def cell(amp: str, saved: float, whole: float | None) -> dict:
+        row = {"step": [0.7, 0.6, 0.8], "saved_mib": saved / 10, "sides": {"saved_mib": ["lora", "full-frozen-embeddings"]}}
+        candidates = {"lora": {"saved_mib": saved}} | ({} if whole is None else {"full": {"saved_mib": whole}})
+        settings = {"amp": amp, "targets": "all-linear"}
+        return {"settings": settings, "figures": {"ratios": {"ours LoRA / full": row}, "candidates": candidates}}
+
+    found = {"a": cell("off", 10.1, 10.2), "b": cell("off", 10.1, 10.05), "c": cell("bf16", 5.0, None)}
+    assert full_verdict(found) == (
+        "LoRA in fp32: faster in 2 of 2 cells, leaner in 0 (1 where the embeddings train too); "
+        "LoRA in bf16 autocast: faster in 1 of 1 cell, leaner in 1."
     )
 
 
