@@ -73,5 +73,5 @@ class _Sum(torch.autograd.Function):
         if ctx.keep < 1:
             y *= ctx.keep
         width = total.shape[-1]
-        ctx.offer.hand_over(Summed(y.view(-1, width), total.reshape(-1, width)))
+        ctx.offer.hand_over(Summed(y.reshape(-1, width), total.reshape(-1, width)))
         return grad, grad, None, None

@@ -1,6 +1,7 @@
 """Residual sums: the plain sum and its gradients, without the output that DoRA would keep."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def assert_same(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("dropout", [0.0, P])
-@pytest.mark.parametrize("shape", [(3, 5), (1,), (41,), (2, 1, 9)])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (1,), (41,), (2, 1, 9)])
 @pytest.mark.parametrize("norm_grad", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_gradient_in_fp64(dropout, shape, norm_grad, bias):
@@ -60,6 +61,19 @@ def test_every_gradient_in_fp64(dropout, shape, norm_grad, bias):
     found, expected = grads(residual_sum, layer, shape, dropout), grads(plain, layer, shape, dropout)
     assert torch.equal(found["sum"], expected["sum"])
     assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("layout", ["columns first", "expanded"])
+def test_a_residual_of_another_layout(layout):
+    layer, x = make_layer(torch.float64), torch.randn(4, 6, IN, dtype=torch.float64)
+    if layout == "expanded":
+        residual = torch.randn(1, 1, OUT, dtype=torch.float64).expand(4, 6, OUT)
+    else:
+        residual = torch.randn(OUT, 6, 4, dtype=torch.float64).permute(2, 1, 0)
+    found, expected = (
+        torch.autograd.grad(function(layer, x, residual).pow(3).sum(), layer.magnitude)[0] for function in (residual_sum, plain)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_dropout_of_the_layer_goes_with_that_of_the_sum():
@@ -115,27 +129,26 @@ def test_no_product_is_added():
 
 @pytest.mark.parametrize("case", ["autocast", "bf16", "broadcast", "mixed", "disabled", "merged", "lora", "linear", "not kept"])
 def test_elsewhere_it_is_the_plain_sum(case):
-    layer = make_layer(features=(8, 8))
-    model, shape, autocast = nn.ModuleDict({"a": layer}), (6, 8), case == "autocast"
-    if case == "lora":
-        layer = LoRALinear(8, 8, rank=2)
-    if case == "linear":
-        layer = nn.Linear(8, 8)
+    layer = {"lora": LoRALinear(8, 8, rank=2), "linear": nn.Linear(8, 8)}.get(case) or make_layer(features=(8, 8))
+    model = nn.ModuleDict({"dense": layer})
     if case == "bf16":
-        layer = layer.bfloat16()
+        model.bfloat16()
     if case == "not kept":
         layer.keep_output = False
-    x = torch.randn(6, 8, dtype=torch.bfloat16 if case == "bf16" else torch.float32)
-    residual = torch.randn((1, 8) if case == "broadcast" else shape, dtype=torch.float64 if case == "mixed" else x.dtype)
-    state = {"disabled": peftlite.disable_adapters, "merged": lambda m: peftlite.merged(m.eval())}.get(case, torch.no_grad)
-    kept = getattr(layer, "keep_output", None)
-    with state(model) if state is not torch.no_grad else torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    x = torch.randn(6, 8, dtype=layer.weight.dtype)
+    residual = torch.randn((1, 8) if case == "broadcast" else (6, 8), dtype=torch.float64 if case == "mixed" else x.dtype)
+    contexts = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "disabled": lambda: peftlite.disable_adapters(model),
+        "merged": lambda: peftlite.merged(model.eval()),
+    }
+    before = dict(vars(layer))
+    with contexts.get(case, nullcontext)():
         s, expected = residual_sum(layer, x, residual), layer(x) + residual
     assert torch.equal(s, expected)
     assert s.dtype == expected.dtype
-    assert getattr(layer, "keep_output", None) is kept
-    if s.requires_grad:
-        assert "Sum" not in type(s.grad_fn).__name__
+    assert vars(layer).get("keep_output") is before.get("keep_output")
+    assert s.grad_fn is None or "Sum" not in type(s.grad_fn).__name__
 
 
 def test_it_is_taken_where_it_can_be():
