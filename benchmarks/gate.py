@@ -26,6 +26,8 @@ class Formula(NamedTuple):
         rank: of the update.
         scale: its factor.
         dropout: of the update's input in training mode.
+        branches: the layer of x in plain torch with the low-rank product one factor after the other, as it is published,
+            where the method has that form. It rounds otherwise than `weight` does, and neither is the better.
     """
 
     weight: Callable[[], Tensor]
@@ -34,6 +36,7 @@ class Formula(NamedTuple):
     rank: int
     scale: float
     dropout: float
+    branches: Callable[[Tensor], Tensor] | None = None
 
 
 def own_formula(layer: nn.Module) -> Formula:
@@ -189,6 +192,43 @@ def _terms(formulas: Sequence[Formula], x: Tensor, upstreams: Sequence[Tensor]) 
     return totals
 
 
+def _branches(formulas: Sequence[Formula]) -> list[Callable[[Tensor], Tensor]]:
+    """The other order of products, if all `formulas` know one."""
+    found = [each.branches for each in formulas if each.branches is not None]
+    return found if len(found) == len(formulas) else []
+
+
+def _same_in_either_order(
+    label: str,
+    precise: Sequence[Formula],
+    x: Tensor,
+    upstreams: Sequence[Tensor],
+    exact: Mapping[str, Tensor],
+    terms: Mapping[str, Tensor],
+) -> list[Check]:
+    """Check that both orders are one formula: in fp64 they may differ by what fp32 would round at most."""
+    if not _branches(precise):
+        return []
+    other = _run(precise, _branches(precise), x, upstreams)
+    checks = []
+    for key, oracle in exact.items():
+        what = f"{label}: {key.split(' ', 1)[1]} in either order"
+        checks.append(compare(what, other[key], oracle, oracle, dtype=torch.float32, terms=terms[key]))
+    return checks
+
+
+def _plain(
+    formulas: Sequence[Formula], x: Tensor, upstreams: Sequence[Tensor], exact: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What plain torch gives: of the orders of products that the `formulas` know, for each tensor the one that errs more."""
+    orders = [order for order in ([_specified(each) for each in formulas], _branches(formulas)) if order]
+    results = [_run(formulas, forwards, x, upstreams) for forwards in orders]
+    return {
+        name: max((result[name] for result in results), key=lambda t: (t.double() - oracle).abs().max().item())
+        for name, oracle in exact.items()
+    }
+
+
 def _stacked(results: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The results of several draws, name by name, as one tensor."""
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
@@ -226,7 +266,9 @@ def check_adapters(
     One layer of each kind and shape is checked, together with those of its group, on a copy whose adapter tensors are
     perturbed, as most of a method is invisible at birth; in eval mode, since the formula knows no dropout. The error of
     plain torch in a tensor of few elements (SD-LoRA's magnitudes) may be small by luck, and so would the budget: such a
-    layer is checked on several draws, whose results are compared as one tensor. A gradient is a sum over rows of x: its
+    layer is checked on several draws, whose results are compared as one tensor. Where the formula knows two orders of products
+    plain torch may take either: a sum over thousands of output features before the one over rows errs by several times what the
+    reverse does. A gradient is a sum over rows of x: its
     budget counts the size of their parts, as what they are rounded by does not cancel with them.
 
     Args:
@@ -258,8 +300,9 @@ def check_adapters(
             wide = [each.double() for each in upstreams]
             exact = _run(precise, [_specified(each) for each in precise], x.double(), wide)
             sizes.append(exact | _terms(precise, x.double(), wide))
+            checks += _same_in_either_order(f"{name}: {unit[0]}", precise, x.double(), wide, exact, sizes[-1])
             with autocast():
-                plainly = _run(formulas, [_specified(each) for each in formulas], x, upstreams)
+                plainly = _plain(formulas, x, upstreams, exact)
                 drawn.append((_run(formulas, copies, x, upstreams), plainly, exact))
         actual, plain, oracle = (_stacked(results) for results in zip(*drawn, strict=True))
         terms = _stacked(sizes)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import peftlite
 from benchmarks.gate import Formula, own_formula
+from peftlite.kernels.lora_linear import lora_linear_reference
+from peftlite.kernels.weight_decomposed import dora_linear_reference
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,20 @@ def _effective_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnit
     return (magnitude / whole.detach().norm(dim=1))[:, None] * whole
 
 
+def _branches(
+    weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """``x Wᵀ + s (x Aᵀ) Bᵀ + b``, or the same with a gain, in plain torch."""
+    if magnitude is None:
+        return lambda x: lora_linear_reference(x, weight, bias, a, b, scale)
+    return lambda x: dora_linear_reference(x, weight, bias, a, b, magnitude, scale)
+
+
+def _our_formula(layer: nn.Module) -> Formula:
+    branches = _branches(layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.scale, getattr(layer, "magnitude", None))
+    return own_formula(layer)._replace(branches=branches)
+
+
 def _inject_peft(method: str, model: nn.Module, plan: Plan) -> nn.Module:
     import peft
 
@@ -116,7 +132,15 @@ def _peft_formula(layer: nn.Module) -> Formula:
         tensors["magnitude"] = layer.lora_magnitude_vector[adapter].weight
     a, b, m = tensors["lora_a"], tensors["lora_b"], tensors.get("magnitude")
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)  # an `Identity` where it is 0
-    return Formula(lambda: _effective_weight(base.weight, a, b, scale, m), base.bias, tensors, layer.r[adapter], scale, dropout)
+    return Formula(
+        lambda: _effective_weight(base.weight, a, b, scale, m),
+        base.bias,
+        tensors,
+        layer.r[adapter],
+        scale,
+        dropout,
+        _branches(base.weight, base.bias, a, b, scale, m),
+    )
 
 
 def _inject_loralib(method: str, model: nn.Module, plan: Plan) -> nn.Module:
@@ -165,11 +189,12 @@ def _loralib_formula(layer: nn.Module) -> Formula:
         layer.r,
         layer.scaling,
         dropout,
+        _branches(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, None),
     )
 
 
 LIBRARIES: dict[str, Library] = {
-    "ours": Library("peftlite", ("lora", "dora"), _inject_ours, peftlite.adapters, own_formula),
+    "ours": Library("peftlite", ("lora", "dora"), _inject_ours, peftlite.adapters, _our_formula),
     "peft": Library("peft", ("lora", "dora"), _inject_peft, _peft_layers, _peft_formula),
     "loralib": Library("loralib", ("lora",), _inject_loralib, _loralib_layers, _loralib_formula),
 }
