@@ -1,0 +1,184 @@
+/* The passes of DoRA and of dropout that ATen has no single call for, on CPU, in fp32 and bf16. See native.py.
+
+   Every entry point is plain C over pointers, so that nothing here depends on a version of Python or torch. What it computes
+   does not depend on the number of threads: they share out rows or columns, and none of them adds to another's sums. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_RANK 64  /* native.py asks for no more */
+#define COLUMNS 768  /* a stripe whose sums stay in the first cache */
+#define PARALLEL 32768 /* elements: below, starting threads takes longer than the work */
+
+/* Of `left` columns, up to 32, those in the first vector of 16 and those in the second. */
+#define FIRST(left) ((left) < 16 ? (int)(left) : 16)
+#define SECOND(left) ((left) > 16 ? (int)(left) - 16 : 0)
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const void *weight;
+    const float *a, *b, *magnitude;
+    float *whole, *norm;
+    int64_t out, in, rank;
+    float scale, eps;
+    int bf16;
+} Decomposed;
+
+typedef struct {
+    void *y;
+    const void *h;
+    const float *factors, *gain, *bias;
+    int64_t rows, out, rank, stride;
+    int bf16;
+} Expanded;
+
+typedef struct {
+    const void *dy, *y, *residual;
+    const float *gain, *bias;
+    void *scaled;
+    float *product, *sizes, *sums;
+    int64_t rows, out;
+    float keep;
+    int bf16;
+} Gained;
+
+typedef struct {
+    uint32_t *words;
+    uint64_t seed, drops;
+} Drawn;
+
+typedef void Range(const void *pass, int64_t first, int64_t last);
+
+INLINE float widened(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+#define NAME(x) x##_any
+#include "native_passes.h"
+#undef NAME
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define BY_INSTRUCTION_SET
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define NAME(x) x##_avx2
+#include "native_passes.h"
+#undef NAME
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define NAME(x) x##_avx512
+#include "native_passes.h"
+#undef NAME
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+/* 0, 1 or 2: no vector extension, AVX2 or AVX-512. */
+int peftlite_instruction_set(void) {
+#ifdef BY_INSTRUCTION_SET
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+#ifdef BY_INSTRUCTION_SET
+#define BEST(pass) (Range *[]){pass##_any, pass##_avx2, pass##_avx512}[peftlite_instruction_set()]
+#else
+#define BEST(pass) pass##_any
+#endif
+
+/* Run `range` over [0, count), shared out among threads in runs of a multiple of `grain`. */
+static void share(Range *range, const void *pass, int64_t count, int64_t grain, int64_t elements, int threads) {
+    const int64_t grains = (count + grain - 1) / grain;
+    if (elements < PARALLEL) threads = 1;
+    if (grains < threads) threads = (int)grains;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; ++t) {
+        const int64_t first = grains * t / threads * grain, last = grains * (t + 1) / threads * grain;
+        range(pass, first, last < count ? last : count);
+    }
+}
+
+/* The transpose of `factors (count, rank)`, or `factors (rank, count)` as they are, times `scale`, with every 32 of `count`
+   together: rows that lie a power of two apart would drive each other out of the cache. NULL without memory. */
+static float *packed(const float *factors, float scale, int64_t count, int64_t rank, int transposed) {
+    const int64_t tiles = (count + 31) / 32;
+    float *const tile = malloc(sizeof(float) * 32 * (tiles * rank + 1));
+    if (!tile) return NULL;
+    for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t q = 0; q < rank; ++q)
+            for (int64_t k = 0; k < 32; ++k) {
+                const int64_t at = 32 * t + k;
+                tile[32 * (t * rank + q) + k] = at >= count ? 0 : scale * factors[transposed ? at * rank + q : q * count + at];
+            }
+    return tile;
+}
+
+/* ``n = max(‖W + s B A‖_row, eps)`` and, unless `whole` is NULL, ``(m / n) (W + s B A)``. */
+int peftlite_decomposed(const void *weight, int bf16, const float *a, const float *b, float scale, const float *magnitude,
+                         float eps, int64_t out, int64_t in, int64_t rank, float *whole, float *norm, int threads) {
+    float *const tiles = packed(a, 1, in, rank, 0);
+    if (!tiles) return -1;
+    const Decomposed pass = {weight, tiles, b, magnitude, whole, norm, out, in, rank, scale, eps, bf16};
+    share(BEST(decomposed), &pass, out, 4, out * in, threads);
+    free(tiles);
+    return 0;
+}
+
+/* ``y = g (y + s h Bᵀ) + (1 - g) b`` in place. 1 if a |g| exceeds `limit`. */
+int peftlite_expanded(void *y, const void *h, int bf16, const float *b, float scale, const float *gain, const float *bias,
+                      float limit, int64_t rows, int64_t out, int64_t rank, int64_t stride, int threads) {
+    float *const tiles = packed(b, scale, out, rank, 1);
+    if (!tiles) return -1;
+    const Expanded pass = {y, h, tiles, gain, bias, rows, out, rank, stride, bf16};
+    share(BEST(expanded), &pass, rows, 4, rows * out, threads);
+    free(tiles);
+    for (int64_t j = 0; j < out; ++j)
+        if (!(fabsf(gain[j]) <= limit)) return 1;
+    return 0;
+}
+
+/* ``D = g dy`` unless `scaled` is NULL, and ``dm = Σ_i dy (y - b) / m``, where y is ``keep (y - residual)`` if there is one.
+   `lost` says of each column whether too few digits of ``y - b`` are left for that; the result is how many are. */
+int64_t peftlite_gained(const void *dy, const void *y, const void *residual, float keep, int bf16, const float *gain,
+                        const float *bias, const float *magnitude, float limit, int64_t rows, int64_t out, void *scaled,
+                        float *dm, float *sizes, float *sums, uint8_t *lost, int threads) {
+    const Gained pass = {dy, y, residual, gain, bias, scaled, dm, sizes, sums, rows, out, keep, bf16};
+    share(BEST(gained), &pass, out, 16, rows * out, threads);
+    int64_t found = 0;
+    for (int64_t j = 0; j < out; ++j) {
+        const float swamping = residual ? sums[j] : bias ? fabsf(bias[j]) * (float)rows : 0.0f;
+        dm[j] /= magnitude[j];
+        lost[j] = !(swamping <= limit * sizes[j]) || !isfinite(dm[j]);
+        found += lost[j];
+    }
+    return found;
+}
+
+/* One bit for each of 32 `words` elements: 1 unless a draw of 16 bits is below `drops`. */
+void peftlite_drawn(uint32_t *words, int64_t count, uint64_t seed, uint64_t drops, int threads) {
+    const Drawn pass = {words, seed, drops};
+    share(BEST(drawn), &pass, count, 256, 32 * count, threads);
+}
