@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 TIMES := $(VENV)/stage-times
 # Without --no-compile pip would compile every module of every package, of which few are ever imported.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+NATIVE := kernels/native.c kernels/native_passes.h
 EXAMPLE := examples.minbert_multitask
 # Where `make bench-full` finds the data of the three tasks; fetched if they are not there
 DATA ?= runs/data
@@ -139,11 +140,11 @@ $(VENV)/.torch: $(VENV)/.made constraints.txt
 	$(call stage,install torch (a large download the first time),$(INSTALL) torch)
 	@touch $@
 
-$(VENV)/.examples: $(VENV)/.torch pyproject.toml
+$(VENV)/.examples: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(call stage,install peftlite and what the example needs,$(INSTALL) -e '.[examples]')
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
+$(VENV)/.test: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(call stage,install peftlite and what the gate needs,$(INSTALL) -e '.[test]')
 	@touch $@ $(VENV)/.examples
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftlite.kernels import native
+
 LEVELS = 1 << 16  # probabilities are multiples of 1 / LEVELS, here and in the Triton kernels
 # A 64-bit number of eight bytes that are 0 or 1, times this, has byte k as bit k of its uppermost byte: 2^(8 k + 56 - 7 j)
 # lies there for j = k only, and no two of the products share a bit, so that nothing is carried.
@@ -49,6 +51,8 @@ def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
 
 
 def _draw(x: Tensor, drops: int) -> Tensor:
+    if x.device.type == "cpu" and native.library() is not None:
+        return native.draw_bits(x, drops)
     numbers = torch.empty(-(-x.numel() // 8) * 2, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     decisions = numbers.view(torch.int16) >= drops - LEVELS // 2
     return (decisions.view(torch.int64) * GATHER).view(torch.uint8)[7::8].contiguous()

@@ -20,12 +20,12 @@
 
 typedef struct {
     const void *weight;
-    const float *a, *b, *magnitude;
-    float *whole, *norm;
-    int64_t out, in, rank;
-    float scale, eps;
+    const float *a, *b, *gain;
+    float *whole, *norm; /* one of them */
+    int64_t in, rank;
+    float scale;
     int bf16;
-} Decomposed;
+} Updated;
 
 typedef struct {
     void *y;
@@ -92,19 +92,22 @@ INLINE float widened(uint16_t half) {
 #endif
 #endif
 
-/* 0, 1 or 2: no vector extension, AVX2 or AVX-512. */
-int peftlite_instruction_set(void) {
+static int widest = 2; /* lowered by the tests alone */
+
+/* Use no instruction set beyond `set`; the one that is used then: 0, 1 or 2 for none in particular, AVX2 and AVX-512. */
+int peftlite_instruction_set(int set) {
+    widest = set;
 #ifdef BY_INSTRUCTION_SET
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (widest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+    if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
 }
 
 #ifdef BY_INSTRUCTION_SET
-#define BEST(pass) (Range *[]){pass##_any, pass##_avx2, pass##_avx512}[peftlite_instruction_set()]
+#define BEST(pass) (Range *[]){pass##_any, pass##_avx2, pass##_avx512}[peftlite_instruction_set(widest)]
 #else
 #define BEST(pass) pass##_any
 #endif
@@ -136,13 +139,13 @@ static float *packed(const float *factors, float scale, int64_t count, int64_t r
     return tile;
 }
 
-/* ``n = max(‖W + s B A‖_row, eps)`` and, unless `whole` is NULL, ``(m / n) (W + s B A)``. */
-int peftlite_decomposed(const void *weight, int bf16, const float *a, const float *b, float scale, const float *magnitude,
-                         float eps, int64_t out, int64_t in, int64_t rank, float *whole, float *norm, int threads) {
+/* ``n = ‖W + s B A‖_row`` or, where `norm` is NULL, ``g (W + s B A)`` into `whole`. */
+int peftlite_updated(const void *weight, int bf16, const float *a, const float *b, float scale, const float *gain, int64_t out,
+                     int64_t in, int64_t rank, float *whole, float *norm, int threads) {
     float *const tiles = packed(a, 1, in, rank, 0);
     if (!tiles) return -1;
-    const Decomposed pass = {weight, tiles, b, magnitude, whole, norm, out, in, rank, scale, eps, bf16};
-    share(BEST(decomposed), &pass, out, 4, out * in, threads);
+    const Updated pass = {weight, tiles, b, gain, whole, norm, in, rank, scale, bf16};
+    share(BEST(updated), &pass, out, 4, out * in, threads);
     free(tiles);
     return 0;
 }
@@ -178,7 +181,8 @@ int64_t peftlite_gained(const void *dy, const void *y, const void *residual, flo
 }
 
 /* One bit for each of 32 `words` elements: 1 unless a draw of 16 bits is below `drops`. */
-void peftlite_drawn(uint32_t *words, int64_t count, uint64_t seed, uint64_t drops, int threads) {
+int peftlite_drawn(uint32_t *words, int64_t count, uint64_t seed, uint64_t drops, int threads) {
     const Drawn pass = {words, seed, drops};
     share(BEST(drawn), &pass, count, 256, 32 * count, threads);
+    return 0;
 }

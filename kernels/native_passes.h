@@ -56,9 +56,9 @@ INLINE float NAME(total)(V value) {
     return value[0];
 }
 
-/* Columns c .. of rows j .. of ``W + s B A``, and what they add to the squares of the rows. */
-INLINE void NAME(decomposed_tile)(const Decomposed *p, int64_t j, const int rows, int64_t c, const int first, const int second,
-                                  const int bf16, float (*factors)[MAX_RANK], V *squares) {
+/* Columns c .. of rows j .. of ``g (W + s B A)``, or what they add to the squares of the rows of ``W + s B A``. */
+INLINE void NAME(updated_tile)(const Updated *p, int64_t j, const int rows, int64_t c, const int first, const int second,
+                               const int bf16, float (*factors)[MAX_RANK], V *squares) {
     const float *a = p->a + c * p->rank;
     V low[4], high[4];
     for (int i = 0; i < rows; ++i) {
@@ -71,15 +71,16 @@ INLINE void NAME(decomposed_tile)(const Decomposed *p, int64_t j, const int rows
             high[i] += factors[i][q] * NAME(load)(a, 16, 16, 0);
         }
     for (int i = 0; i < rows; ++i) {
-        squares[i] += low[i] * low[i] + high[i] * high[i];
-        if (!p->whole) continue;
-        NAME(store)(p->whole, (j + i) * p->in + c, first, 0, low[i]);
-        NAME(store)(p->whole, (j + i) * p->in + c + 16, second, 0, high[i]);
+        if (p->norm) {
+            squares[i] += low[i] * low[i] + high[i] * high[i];
+            continue;
+        }
+        NAME(store)(p->whole, (j + i) * p->in + c, first, 0, p->gain[j + i] * low[i]);
+        NAME(store)(p->whole, (j + i) * p->in + c + 16, second, 0, p->gain[j + i] * high[i]);
     }
 }
 
-/* Rows j .. of ``n`` and of ``g (W + s B A)``. */
-INLINE void NAME(decomposed_rows)(const Decomposed *p, int64_t j, const int rows, const int bf16) {
+INLINE void NAME(updated_rows)(const Updated *p, int64_t j, const int rows, const int bf16) {
     float factors[4][MAX_RANK];
     V squares[4];
     for (int i = 0; i < rows; ++i) {
@@ -87,27 +88,21 @@ INLINE void NAME(decomposed_rows)(const Decomposed *p, int64_t j, const int rows
         squares[i] = (V){0};
     }
     int64_t c = 0;
-    for (; c + 32 <= p->in; c += 32) NAME(decomposed_tile)(p, j, rows, c, 16, 16, bf16, factors, squares);
-    if (c < p->in) NAME(decomposed_tile)(p, j, rows, c, FIRST(p->in - c), SECOND(p->in - c), bf16, factors, squares);
-    for (int i = 0; i < rows; ++i) {
-        const float root = sqrtf(NAME(total)(squares[i]));
-        p->norm[j + i] = root < p->eps ? p->eps : root;
-        if (!p->whole) continue;
-        const float gain = p->magnitude[j + i] / p->norm[j + i];
-        float *const row = p->whole + (j + i) * p->in;
-        for (int64_t k = 0; k < p->in; ++k) row[k] *= gain;
-    }
+    for (; c + 32 <= p->in; c += 32) NAME(updated_tile)(p, j, rows, c, 16, 16, bf16, factors, squares);
+    if (c < p->in) NAME(updated_tile)(p, j, rows, c, FIRST(p->in - c), SECOND(p->in - c), bf16, factors, squares);
+    if (p->norm)
+        for (int i = 0; i < rows; ++i) p->norm[j + i] = sqrtf(NAME(total)(squares[i]));
 }
 
-static void NAME(decomposed)(const void *pass, int64_t first, int64_t last) {
-    const Decomposed *p = pass;
+static void NAME(updated)(const void *pass, int64_t first, int64_t last) {
+    const Updated *p = pass;
     int64_t j = first;
     if (p->bf16) {
-        for (; j + 4 <= last; j += 4) NAME(decomposed_rows)(p, j, 4, 1);
-        for (; j < last; ++j) NAME(decomposed_rows)(p, j, 1, 1);
+        for (; j + 4 <= last; j += 4) NAME(updated_rows)(p, j, 4, 1);
+        for (; j < last; ++j) NAME(updated_rows)(p, j, 1, 1);
     } else {
-        for (; j + 4 <= last; j += 4) NAME(decomposed_rows)(p, j, 4, 0);
-        for (; j < last; ++j) NAME(decomposed_rows)(p, j, 1, 0);
+        for (; j + 4 <= last; j += 4) NAME(updated_rows)(p, j, 4, 0);
+        for (; j < last; ++j) NAME(updated_rows)(p, j, 1, 0);
     }
 }
 

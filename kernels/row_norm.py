@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from peftlite.kernels import native
 from peftlite.kernels.dispatch import has_values, without_autocast
 
 CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
@@ -64,18 +65,18 @@ def row_norm(
 ) -> Tensor:
     """Compute ``n_j = ‖W_j + s (B A)_j‖``, ``(out,)``, in fp32 at least and without a gradient.
 
-    On CPU the square of a large weight is expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which makes
-    ``out x r`` temporaries only; rows that cancel (``W ≈ -s B A``) are computed again directly. Otherwise every row is computed
-    directly: a small weight at once, and on other devices a large one block by block, since looking for rows that cancel would
-    make the host wait for the device.
+    Every row is computed directly: on CPU by one native pass where that serves (`peftlite.kernels.native`), a small weight at
+    once, and on other devices a large one block by block. Without the native pass the square of a large weight on CPU is
+    expanded, ``n² = ‖W‖² + 2 s ⟨B, W Aᵀ⟩_row + s² ⟨B, B (A Aᵀ)⟩_row``, which makes ``out x r`` temporaries only; rows that
+    cancel (``W ≈ -s B A``) are computed again directly. On other devices looking for these would make the host wait.
 
     Args:
         weight: ``(out, in)``, any floating dtype.
         lora_a: ``(r, in)``.
         lora_b: ``(out, r)``.
         scale: the factor ``s``.
-        base_square: keeps ``‖W‖²`` of this weight, which spares one of the two readings of W on CPU.
-        compute: dtype of the layer's products. Where W is stored in the same 16 bits, CPU takes the product ``W Aᵀ`` in them
+        base_square: keeps ``‖W‖²`` of this weight, which spares the expansion one of its two readings of W.
+        compute: dtype of the layer's products. Where W is stored in the same 16 bits, the expansion takes ``W Aᵀ`` in them
             too, like every other product of the layer, for half of the time: n then errs by up to ``eps ⟨|B|, |W Aᵀ|⟩ / n``,
             a share of eps of what the adapter does to it.
 
@@ -85,6 +86,8 @@ def row_norm(
     """
     with without_autocast(weight.device):  # also where a layer is made under autocast
         acc = accumulation_dtype(weight, lora_a, lora_b)
+        if acc == torch.float32 and native.serves(lora_a.shape[0], weight, lora_a, lora_b):
+            return native.row_norm(weight, lora_a, lora_b, scale)
         a, b = lora_a.to(acc), lora_b.to(acc)
         if weight.numel() <= SMALL:
             return _direct(weight.to(acc), a, b, scale)

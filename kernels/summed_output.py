@@ -16,10 +16,16 @@ from peftlite.kernels.dispatch import positional, saved_tensors
 
 
 class Summed(NamedTuple):
-    """What the backward pass of the sum found: ``y (M, out)``, zero where it was dropped, and the sum of the same shape."""
+    """What the backward pass of the sum found: sum and residual ``(M, out)``, and the probability with which y was kept."""
 
-    y: Tensor
     total: Tensor
+    residual: Tensor
+    keep: float
+
+    def output(self) -> Tensor:
+        """``y (M, out)``, zero where it was dropped."""
+        y = self.total - self.residual
+        return y if self.keep == 1 else y.mul_(self.keep)
 
 
 class SummedOutput:
@@ -69,9 +75,6 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total, residual = saved_tensors("residual_sum", ctx)
-        y = total - residual
-        if ctx.keep < 1:
-            y *= ctx.keep
         width = total.shape[-1]
-        ctx.offer.hand_over(Summed(y.reshape(-1, width), total.reshape(-1, width)))
+        ctx.offer.hand_over(Summed(total.reshape(-1, width), residual.reshape(-1, width), ctx.keep))
         return grad, grad, None, None

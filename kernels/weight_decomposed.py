@@ -4,7 +4,6 @@ One layer is the simplest case. Derivations and measured choices are in ``kernel
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftlite.kernels import native
 from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
-from peftlite.kernels.dispatch import has_values, without_autocast
+from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.lora_linear import lora_linear_reference
 from peftlite.kernels.low_rank import (
     LoRAArguments,
@@ -25,15 +25,12 @@ from peftlite.kernels.low_rank import (
     update_pays,
     updated_weight,
 )
+from peftlite.kernels.magnitude_gradient import exceeds, magnitude_gradient
 from peftlite.kernels.row_norm import BaseSquare, formed_norm, inverse_norm_gradients, row_norm
 from peftlite.kernels.summed_output import Summed
 
 EPS = 1e-12  # a row of zeros has norm 0: g is m / EPS there, and m is 0 at birth
 LARGE_GAIN = 2.0  # above it, the bias inside g y would lose digits of y
-SMALL_GAIN = 1 / 16  # below it, g ⊙ inner may have underflowed in fp16
-LARGE_BIAS = 4.0  # times the mean of |g ⊙ inner|: above it, y - b has lost the digits that dm needs
-LARGE_SUM = 2.0**10  # times that mean: above it, a y that was had from a residual sum has lost them; fp32 keeps 14 bits more
-SAMPLE = 16  # rows of y, at most, that these means are taken over
 IN_CACHE = 1 << 20  # elements of W: up to here what is formed of W is still in cache when the product reads it
 
 
@@ -90,6 +87,10 @@ def weight_decomposed_forward(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """``y (M, out)`` of each layer, ``h = x̃ Aᵀ (M, Σ r)`` and the norms ``n (out,)``; no other M x out tensor is made."""
     with without_autocast(x.device):
+        if all(_is_native(x, layer) for layer in layers):
+            h = shrunk_input(x, [layer.low_rank for layer in layers], mask)
+            expanded = [_expanded(x, layer, part, keep) for layer, part in zip(layers, by_rank(h, layers, 1), strict=True)]
+            return [y for y, _ in expanded], h, [norm for _, norm in expanded]
         if _can_be_formed(x, layers, mask) and all(
             layer.weight.numel() <= IN_CACHE or update_pays(x, x.shape[1]) for layer in layers
         ):
@@ -107,10 +108,8 @@ def weight_decomposed_forward(
             # g ⊙ inner + b as g ⊙ (inner + b) + (1 - g) b, one pass over y: where g is 1 nothing changes, so that the
             # layer gives the very bits of the base layer, whose product adds the bias before it rounds.
             scale_columns(y, gain, bias)
-            if bias is not None and _exceeds(gain, LARGE_GAIN):
-                large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
-                inner = _inner_columns(large, x, layer, part, keep)
-                y[:, large] = torch.addcmul(bias[large].to(gain.dtype), inner, gain[large]).to(y.dtype)
+            if bias is not None and exceeds(gain, LARGE_GAIN):
+                _replace_large(y, gain, x, layer, part, keep)
             norms.append(norm)
         return ys, h, norms
 
@@ -148,13 +147,7 @@ def weight_decomposed_backward(
                 inner_grad, total = scale_columns_backward(dy, inner, gains[k], None, scaled=not formed)
                 dms[k] = total / norms[k]
                 return inner_grad
-            output = y.y if isinstance(y, Summed) else y
-            inner_grad, dm = scale_columns_backward(dy, output, gains[k], layer.bias, scaled=not formed)
-            dm /= layer.magnitude
-            if isinstance(y, Summed):
-                lost = _lost_in_sum(*y, layer.bias)
-            else:
-                lost = _lost_columns(y, layer.bias, gains[k], dm)
+            inner_grad, dm, lost = magnitude_gradient(dy, y, layer.bias, layer.magnitude, gains[k], scaled=not formed)
             if lost is not None:
                 inner = _inner_columns(lost, x, layer, hs[k], keep)
                 dm[lost] = (inner.to(dm.dtype) * dy[:, lost]).sum(0) / norms[k][lost]
@@ -200,8 +193,15 @@ def _forming_pays(rows: int, layer: DoRAArguments) -> bool:
     return rows * (3 * out + 2 * features) >= 4 * out * features
 
 
+def _is_native(rows: Tensor, layer: DoRAArguments) -> bool:
+    """Whether the layer's passes over W and over tensors like `rows` (x, dy) run in C."""
+    return native.serves(layer.lora_a.shape[0], rows, layer.weight, layer.lora_a, layer.lora_b, layer.magnitude)
+
+
 def _gained(layer: DoRAArguments, gain: Tensor) -> Tensor:
     """``g ⊙ (W + s B A)``, in the dtype of W."""
+    if _is_native(layer.weight, layer):
+        return native.gained_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scale, gain)
     return updated_weight(layer.low_rank, layer.weight.dtype).mul_(gain[:, None])
 
 
@@ -213,47 +213,26 @@ def _formed(x: Tensor, layer: DoRAArguments) -> tuple[Tensor, Tensor]:
     return F.linear(x, whole, None if layer.bias is None else layer.bias.to(x.dtype)), norm
 
 
+def _expanded(x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """``y = g ⊙ (x Wᵀ + s h Bᵀ) + b`` and the norms n, in one native pass over y behind the product with W."""
+    weight, bias, lora_a, lora_b, magnitude, scale = layer
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    norm = row_norm(weight, lora_a, lora_b, scale).clamp_min_(EPS)
+    gain = magnitude / norm
+    if native.expand_columns(y, h, lora_b, scale / keep, gain, bias, LARGE_GAIN) and bias is not None:
+        _replace_large(y, gain, x, layer, h, keep)
+    return y, norm
+
+
+def _replace_large(y: Tensor, gain: Tensor, x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> None:
+    """Compute the columns of y whose gain is large again, as ``g ⊙ inner + b``."""
+    assert layer.bias is not None
+    large = (gain.abs() > LARGE_GAIN).nonzero().squeeze(1)
+    inner = _inner_columns(large, x, layer, h, keep)
+    y[:, large] = torch.addcmul(layer.bias[large].to(gain.dtype), inner, gain[large]).to(y.dtype)
+
+
 def _inner_columns(columns: Tensor | slice, x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> Tensor:
     """``inner (M, len(columns))`` of some output features or all, from x and h and not from y."""
     weight, lora_b = layer.weight[columns].to(x.dtype), layer.lora_b[columns].to(x.dtype)
     return F.linear(x, weight).addmm_(h, lora_b.T, alpha=layer.scale / keep)
-
-
-def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> Tensor | None:
-    """The output features whose product ``g ⊙ inner`` cannot be had from y with enough digits, or None.
-
-    They are those where m is zero, so that `dm` is not finite, those where the product may have underflowed in fp16, and
-    those where the bias has swamped it.
-    """
-    lost = None
-    if y.dtype == torch.float16 and _exceeds(1 / gain, 1 / SMALL_GAIN):
-        lost = gain.abs() < SMALL_GAIN
-    if bias is None or not y.numel():
-        if has_values(dm) and not math.isfinite(dm.sum().item()):
-            lost = ~dm.isfinite() if lost is None else lost | ~dm.isfinite()
-    else:
-        sample = y[:: y.shape[0] // SAMPLE + 1]  # not a divisor, which would pick the first token of each sequence
-        share = bias / (sample - bias).abs_().sum(0)  # where m is zero, y is b, and this is not finite
-        limit = LARGE_BIAS / sample.shape[0]
-        if _exceeds(share, limit):
-            swamped = ~(share.abs() <= limit) & ((bias != 0) | ~dm.isfinite())
-            lost = swamped if lost is None else lost | swamped
-    return None if lost is None else lost.nonzero().squeeze(1)
-
-
-def _lost_in_sum(y: Tensor, total: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The same for a y that was had from the sum `total`: sum or bias are so large that few digits of the product are left."""
-    every = y.shape[0] // SAMPLE + 1
-    sample = y[::every]
-    inner = (sample if bias is None else sample - bias).abs() * (sample != 0)  # where y was dropped it tells nothing
-    share = (sample.abs() + total[::every].abs()).sum(0) / inner.sum(0)  # not finite where m is zero
-    if not _exceeds(share, LARGE_SUM):
-        return None
-    return (~(share <= LARGE_SUM)).nonzero().squeeze(1)
-
-
-def _exceeds(values: Tensor, limit: float) -> bool:
-    """Whether a value is larger in size than `limit`, or is not a number; False where there are no values."""
-    if not has_values(values):
-        return False
-    return not torch.equal(values.clamp(-limit, limit), values)

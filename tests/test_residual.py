@@ -208,7 +208,7 @@ def test_an_offer_is_for_its_own_thread():
         layer.keep_output = other.submit(SummedOutput).result()
     found = layer(x)
     assert not layer.keep_output.accepted
-    layer.keep_output.hand_over(Summed(torch.zeros(5, OUT), torch.zeros(5, OUT)))
+    layer.keep_output.hand_over(Summed(torch.zeros(5, OUT), torch.zeros(5, OUT), 1.0))
     assert torch.equal(torch.autograd.grad(found.pow(2).sum(), layer.magnitude)[0], expected)
 
 

@@ -1,8 +1,8 @@
 """Deterministic meters: FLOPs, bytes saved for backward, peak bytes of a forward, operations dispatched.
 
 They count what a computation does, not how long it takes, so the same code gives the same figures on any machine, busy
-or idle. All of them watch the ATen operations below autograd, and so see inside a `torch.autograd.Function`. An
-operation registered with `torch.library` is one opaque node at that level; `OpenCustomOps` opens it, so that its body
+or idle (with and without the native passes it is not quite the same code). All of them watch the ATen operations below
+autograd, and so see inside a `torch.autograd.Function`. An operation registered with `torch.library` is one opaque node at that level; `OpenCustomOps` opens it, so that its body
 counts too. Out of sight stay kernels launched past ATen (Triton), scratch memory inside a single ATen operation, and
 tensors that a function hides from autograd by setting them as attributes of its context.
 """
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+from peftlite.kernels.native import NAMESPACE
 
 _BACKENDS = ("CPU", "CUDA", "CompositeExplicitAutograd")
 # Operations that multiply matrices, by name: one of these without a formula would be a silent zero in the sum.
@@ -33,6 +35,8 @@ def _is_packed(*arguments: Any) -> bool:
 
 class OpenCustomOps(TorchDispatchMode):
     """Runs the body of an operation registered with `torch.library` under the modes that were active around it.
+
+    The native passes stay closed: like ATen's operations they are one pass, and call none.
 
     Args:
         namespace: open those of this namespace alone; by default all.
@@ -53,7 +57,7 @@ class OpenCustomOps(TorchDispatchMode):
             with self:
                 parts = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if parts is NotImplemented else parts
-        if self._namespace not in (None, func.namespace):
+        if self._namespace not in (None, func.namespace) or func.namespace == NAMESPACE:
             return func(*args, **kwargs)
         devices = {leaf.device.type.upper() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for backend in _BACKENDS:
@@ -74,6 +78,14 @@ def _added_matmul_flop(c_shape: Any, a_shape: Any, b_shape: Any, *args: Any, **k
     return _matmul_flop(a_shape, b_shape)
 
 
+def _updated_weight_flop(w_shape: Any, a_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * w_shape.numel() * a_shape[0]
+
+
+def _updated_output_flop(y_shape: Any, h_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * y_shape.numel() * h_shape[1]
+
+
 def _attention_flop(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:
     from torch.utils.flop_counter import sdpa_flop_count
 
@@ -87,9 +99,12 @@ def _attention_backward_flop(grad_shape: Any, q_shape: Any, k_shape: Any, v_shap
 
 
 def _extra_formulas() -> dict[Any, Callable[..., int]]:
-    """FLOP formulas for matrix products that torch's own counter leaves at zero, as in-place and CPU variants."""
-    aten = torch.ops.aten
+    """FLOP formulas for matrix products that torch's own counter leaves at zero: in-place and CPU variants, native passes."""
+    aten, native = torch.ops.aten, getattr(torch.ops, NAMESPACE)
     return {
+        native.row_norm: _updated_weight_flop,
+        native.gained_weight: _updated_weight_flop,
+        native.expand_columns: _updated_output_flop,
         aten.addmm_: _added_matmul_flop,
         aten.baddbmm_: _added_matmul_flop,
         aten.addmv: _added_matmul_flop,

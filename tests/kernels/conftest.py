@@ -4,6 +4,13 @@ import math
 import pytest
 import torch
 
+from peftlite.kernels import native, row_norm
+
+
+def poison(tensor):
+    """Fill `tensor` with what nobody computes."""
+    return tensor.fill_(math.nan if tensor.is_floating_point() else 85)
+
 
 class _PoisonedTorch:
     """`torch`, except that memory which nobody has written holds NaN."""
@@ -13,11 +20,11 @@ class _PoisonedTorch:
 
     @staticmethod
     def empty(*args, **kwargs):
-        return torch.empty(*args, **kwargs).fill_(math.nan)
+        return poison(torch.empty(*args, **kwargs))
 
     @staticmethod
     def empty_like(*args, **kwargs):
-        return torch.empty_like(*args, **kwargs).fill_(math.nan)
+        return poison(torch.empty_like(*args, **kwargs))
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -29,12 +36,24 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["large", "small", "native"])
+def passes(request, monkeypatch):
+    """DoRA's passes on ATen calls, where every weight counts as large, then as small; and those in C."""
+    if request.param == "native":
+        if native.library() is None:
+            pytest.skip("built without the native passes: no C compiler when the package was installed")
+    else:
+        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(row_norm, "SMALL", 0 if request.param == "large" else row_norm.SMALL)
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def poisoned():
     """Let the operations allocate NaN, so that an element which they forget to write shows."""
     new_empty = torch.Tensor.new_empty
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("lora_linear", "dora_linear", "paca_linear", "row_norm"):
+        for name in ("lora_linear", "dora_linear", "paca_linear", "row_norm", "native"):
             patch.setattr(importlib.import_module(f"peftlite.kernels.{name}"), "torch", _PoisonedTorch())
-        patch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(math.nan))
+        patch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
         yield

@@ -10,18 +10,12 @@ from oracles import NAMES, cases, make_case
 from peftlite.kernels import dora_linear as module
 from peftlite.kernels import weight_decomposed
 from peftlite.kernels.dora_linear import dora_linear
-from peftlite.kernels.row_norm import SMALL, row_norm
-from peftlite.kernels.weight_decomposed import _lost_columns
+from peftlite.kernels.magnitude_gradient import _lost_columns
+from peftlite.kernels.row_norm import row_norm
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "passes")
 TRAINABLE = ("x", "bias", "lora_a", "lora_b", "magnitude")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=[0, SMALL], ids=["large", "small"], autouse=True)
-def size(request, monkeypatch):
-    """Every weight of these tests counts as large, then as small."""
-    monkeypatch.setattr("peftlite.kernels.row_norm.SMALL", request.param)
 
 
 def test_memory_is_poisoned():
@@ -54,16 +48,27 @@ def test_every_choice_of_what_trains(needs, norm_grad):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "in_cache", "expected"), [(7, 1 << 20, 1), (30, 1 << 20, 2), (30, 100, 1), (79, 100, 1), (80, 100, 2)]
+    ("rows", "in_cache", "forward", "backward"),
+    [
+        (7, 1 << 20, True, False),
+        (30, 1 << 20, True, True),
+        (30, 100, False, True),
+        (79, 100, False, True),
+        (80, 100, True, True),
+    ],
 )
-def test_where_the_whole_weight_is_formed(rows, in_cache, expected, bias, monkeypatch):
-    """Forward where W is small or the rows are twice its features, backward where the rows spare more than W costs."""
-    formed, form = [], weight_decomposed.updated_weight
-    monkeypatch.setattr(weight_decomposed, "updated_weight", lambda *a: formed.append(1) or form(*a))
+def test_where_the_whole_weight_is_formed(rows, in_cache, forward, backward, bias, passes, monkeypatch):
+    """Forward where W is small or the rows are twice its features, and never natively; backward where the rows spare more
+    than W costs.
+    """
+    formed = []
+    for name in ("_formed", "_gained"):
+        form = getattr(weight_decomposed, name)
+        monkeypatch.setattr(weight_decomposed, name, lambda *a, name=name, form=form: formed.append(name) or form(*a))
     monkeypatch.setattr(weight_decomposed, "IN_CACHE", in_cache)
     case = make_case(rows, 40, 29, 4, dora=True, x=torch.float32, bias=bias)
     case.results("torch")
-    assert len(formed) == expected
+    assert formed == ["_formed"] * (forward and passes != "native") + ["_gained"] * backward
     case.check()
 
 

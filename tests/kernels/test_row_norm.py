@@ -7,15 +7,8 @@ from oracles import SIZES, assert_within_budget
 from peftlite.kernels import row_norm as module
 from peftlite.kernels.row_norm import BaseSquare, formed_norm, inverse_norm_gradients, row_norm
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "passes")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=[0, module.SMALL], ids=["large", "small"], autouse=True)
-def size(request, monkeypatch):
-    """Every weight of these tests counts as large, then as small."""
-    monkeypatch.setattr(module, "SMALL", request.param)
-    return request.param
 
 
 def draw(outer, inner, rank, dtype=torch.float32, seed=0):
@@ -114,6 +107,7 @@ def test_gradients_equal_autograd(dtype, block, monkeypatch):
     assert not actual[1][4:6].any()
 
 
+@pytest.mark.parametrize("passes", ["large", "small"], indirect=True)  # nothing is formed where the passes are native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_norm_of_a_formed_sum_has_the_bits_of_birth(dtype):
     weight, a, b = draw(29, 40, 4, dtype)
@@ -173,7 +167,7 @@ def test_a_kept_base_square_follows_the_dtype_and_shape_of_the_weight():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_in_16_bits_cost_a_share_of_eps_of_what_the_adapter_does(dtype, size):
+def test_products_in_16_bits_cost_a_share_of_eps_of_what_the_adapter_does(dtype, passes):
     weight, a, b = draw(29, 40, 4, dtype)
     b *= 0.1
     exact = row_norm(weight, a, b, 0.5)
@@ -182,5 +176,5 @@ def test_products_in_16_bits_cost_a_share_of_eps_of_what_the_adapter_does(dtype,
         assert actual.dtype == torch.float32
         terms = 0.5 * (b.abs() * (weight.float().abs() @ a.abs().T)).sum(1) / exact
         assert ((actual - exact).abs() <= 2 * torch.finfo(dtype).eps * terms).all()
-    assert torch.equal(actual, exact) == (size > 0)  # for a large weight it is another path
+    assert torch.equal(actual, exact) == (passes != "large")  # for a large weight it is another path
     assert torch.equal(row_norm(weight, a, 0 * b, 0.5, None, dtype), row_norm(weight, a, 0 * b, 0.5))  # exact at birth
