@@ -86,9 +86,11 @@ def row_norm(
     """
     with without_autocast(weight.device):  # also where a layer is made under autocast
         acc = accumulation_dtype(weight, lora_a, lora_b)
-        if acc == torch.float32 and native.serves(lora_a.shape[0], weight, lora_a, lora_b):
-            return native.row_norm(weight, lora_a, lora_b, scale)
         a, b = lora_a.to(acc), lora_b.to(acc)
+        if weight.is_contiguous() and native.serves(lora_a.shape[0], a, b):
+            if native.serves(0, weight):
+                return native.row_norm(weight, a, b, scale)
+            return torch.cat([native.row_norm(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
         if weight.numel() <= SMALL:
             return _direct(weight.to(acc), a, b, scale)
         if weight.device.type != "cpu":

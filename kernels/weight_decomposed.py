@@ -194,14 +194,15 @@ def _forming_pays(rows: int, layer: DoRAArguments) -> bool:
 
 
 def _is_native(rows: Tensor, layer: DoRAArguments) -> bool:
-    """Whether the layer's passes over W and over tensors like `rows` (x, dy) run in C."""
-    return native.serves(layer.lora_a.shape[0], rows, layer.weight, layer.lora_a, layer.lora_b, layer.magnitude)
+    """Whether the norm of W and passes over tensors with the dtype of `rows` (x, dy) run in C."""
+    parameters = layer.lora_a, layer.lora_b, layer.magnitude
+    return rows.dtype in native.DTYPES and layer.weight.is_contiguous() and native.serves(layer.lora_a.shape[0], *parameters)
 
 
 def _gained(layer: DoRAArguments, gain: Tensor) -> Tensor:
     """``g ⊙ (W + s B A)``, in the dtype of W."""
     if _is_native(layer.weight, layer):
-        return native.gained_weight(layer.weight, layer.lora_a, layer.lora_b, layer.scale, gain)
+        return native.gained_weight(layer.weight.to(gain.dtype), layer.lora_a, layer.lora_b, layer.scale, gain)
     return updated_weight(layer.low_rank, layer.weight.dtype).mul_(gain[:, None])
 
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftlite
-from examples.minbert_multitask.evaluate import load_data, load_run, run_options, scores, task_outputs, token_cache
+from examples.minbert_multitask.evaluate import load_best, load_data, load_run, run_options, scores, task_outputs, token_cache
 from examples.minbert_multitask.model import BertModel
 from examples.minbert_multitask.network import MultitaskBert
 from examples.minbert_multitask.predict import PREDICTIONS, write_predictions
-from examples.minbert_multitask.run_folder import BEST, RESULT, RunFolder, write_json
+from examples.minbert_multitask.run_folder import RESULT, RunFolder, write_json
 from examples.minbert_multitask.settings import Settings
 from examples.minbert_multitask.tasks import TASKS, leaderboard_score, predictions
 from examples.minbert_multitask.weights import load_bert
@@ -67,9 +67,8 @@ def member_networks(runs: Sequence[str | Path], **changes: object) -> Iterator[t
         if key not in bases:
             bases[key] = load_bert(settings.weights)
         bert, folder = bases[key]
-        network = MultitaskBert(bert, settings)
-        peftlite.load_adapters(network, RunFolder(path) / BEST)
-        yield network.to(settings.device).eval(), settings, folder
+        network = load_best(MultitaskBert(bert, settings), RunFolder(path), settings)
+        yield network, settings, folder
         if peftlite.adapters(network.backbones):
             peftlite.remove_adapters(network.backbones)
 

@@ -119,8 +119,14 @@ def load_run(path: str | Path, **changes: object) -> tuple[MultitaskBert, Settin
             f"{run.path} has no {BEST}: the run was stopped before its first evaluation; --resume it"
         )
     network, folder = build_network(settings)
+    return load_best(network, run, settings), settings, folder
+
+
+def load_best(network: MultitaskBert, run: RunFolder, settings: Settings) -> MultitaskBert:
+    """Put the best adapters and heads of a run into a network without any, which computes then as it did in training."""
     peftlite.load_adapters(network, run / BEST)
-    return network.to(settings.device).eval(), settings, folder
+    peftlite.fuse_adapters(network, settings.fused_names())  # layers that run together round otherwise than one by one
+    return network.to(settings.device).eval()
 
 
 def evaluate(

@@ -2,9 +2,10 @@
 
 They count what a computation does, not how long it takes, so the same code gives the same figures on any machine, busy
 or idle (with and without the native passes it is not quite the same code). All of them watch the ATen operations below
-autograd, and so see inside a `torch.autograd.Function`. An operation registered with `torch.library` is one opaque node at that level; `OpenCustomOps` opens it, so that its body
-counts too. Out of sight stay kernels launched past ATen (Triton), scratch memory inside a single ATen operation, and
-tensors that a function hides from autograd by setting them as attributes of its context.
+autograd, and so see inside a `torch.autograd.Function`. An operation registered with `torch.library` is one opaque node
+at that level; `OpenCustomOps` opens it, so that its body counts too. Out of sight stay kernels launched past ATen
+(Triton), scratch memory inside a single ATen operation, and tensors that a function hides from autograd by setting them
+as attributes of its context.
 """
 
 import re

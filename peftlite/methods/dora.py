@@ -81,10 +81,11 @@ class DoRALinear(AdapterLinear):
     def effective_weight(self) -> Tensor:
         """``diag(m / ‖W + s B A‖_row) (W + s B A)``, ``(out, in)``."""
         direction = self.base_weight() + self.scale * (self.lora_b @ self.lora_a)
+        # The very numbers of the forward pass, so that the gain is exactly 1 at birth here too
+        norm = row_norm(self.base_weight(), self.lora_a, self.lora_b, self.scale)
         if self.norm_grad and torch.is_grad_enabled():
-            norm = torch.linalg.vector_norm(direction, dim=1)
-        else:  # the very numbers of the forward pass, so that the gain is exactly 1 at birth here too
-            norm = row_norm(self.base_weight(), self.lora_a, self.lora_b, self.scale)
+            own = torch.linalg.vector_norm(direction, dim=1)
+            norm = own + (norm - own.detach())  # exact, since the two are close: the number of one, the gradient of the other
         return (self.magnitude / norm.clamp_min(EPS))[:, None] * direction
 
     def adapted_forward(self, x: Tensor) -> Tensor:
