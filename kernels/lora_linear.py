@@ -147,7 +147,7 @@ class _LoRA(torch.autograd.Function):
         dx = None
         if used:
             dx, pairs = low_rank_backward(
-                [dys[k] for k in used],  # type: ignore[misc]
+                [(dys[k], None) for k in used],  # type: ignore[misc]
                 x,
                 [layers[k] for k in used],
                 [hs[k] for k in used],
@@ -193,7 +193,7 @@ def _single_backward(
 ) -> list[Tensor]:
     layer = LoRAArguments(weight, None, lora_a, lora_b, scale)
     need_x, *need = needs
-    dx, ((da, db),) = low_rank_backward([dy], x, [layer], [h], mask, keep, need_x, [Needs(*need)])
+    dx, ((da, db),) = low_rank_backward([(dy, None)], x, [layer], [h], mask, keep, need_x, [Needs(*need)])
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftlite.kernels import native
 from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.dropout import kept
 
@@ -63,7 +64,7 @@ class Needs(NamedTuple):
 
 
 def low_rank_backward(
-    dys: Iterable[Tensor],
+    dys: Iterable[tuple[Tensor, Tensor | None]],
     x: Tensor | None,
     layers: Sequence[LoRAArguments],
     hs: Sequence[Tensor],
@@ -76,7 +77,8 @@ def low_rank_backward(
     """The gradient of x, and of each layer's lora_a and lora_b, for the gradients ``dy (M, out)`` of the outputs.
 
     Args:
-        dys: of each layer, taken one at a time: the next is asked for when all that reads the last is done.
+        dys: of each layer, taken one at a time: the next is asked for when all that reads the last is done. Beside it the
+            gradient of lora_b, where it has been had on the way.
         x: ``(M, in)``, read for the gradients of lora_a only.
         layers: as in the forward pass.
         hs: ``(M, r)`` of each layer, from the forward pass.
@@ -98,18 +100,19 @@ def low_rank_backward(
         dbs: list[Tensor | None] = []
         left = iter(dys)
         for k, (layer, h, need) in enumerate(zip(layers, hs, needs, strict=True)):
-            dy = next(left)
-            if u is not None:
-                torch.mm(dy, _scaled(layer, keep, dtype), out=us[k])
+            dy, db = next(left)
+            if u is not None:  # a transposed B takes a fraction of the time where the rank is small
+                torch.mm(dy, _scaled(layer, keep, dtype).T.contiguous().T, out=us[k])
             if need_x:
                 weight = layer.weight.to(dtype) if updated is None else updated[k]()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-            db = None
-            if need.lora_b:  # in most shapes cheaper on CPU than dyᵀ h
+            if need.lora_b and db is None and native.col_shrink_pays(dy, h):
+                db = native.col_shrink(dy, h, layer.scale / keep, False)
+            elif need.lora_b and db is None:  # in most shapes cheaper on CPU than dyᵀ h
                 db = torch.empty_like(layer.lora_b, memory_format=torch.contiguous_format).copy_((h.T.contiguous() @ dy).T)
                 if layer.scale != keep:
                     db.mul_(layer.scale / keep)
-            dbs.append(db)
+            dbs.append(None if db is None or not need.lora_b else db.to(layer.lora_b.dtype))
             del dy  # its memory may become that of the next
         das: Sequence[Tensor | None] = [None] * len(layers)
         if u is not None:
@@ -119,8 +122,11 @@ def low_rank_backward(
                 dx = dx.addmm_(u, a) if survives is None else dx.addcmul_(u @ a, survives)
             if any(need.lora_a for need in needs):
                 assert x is not None
-                # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
-                da = u.T.contiguous() @ (x if survives is None else survives.mul_(x))
+                dropped = x if survives is None else survives.mul_(x)
+                if native.col_shrink_pays(dropped, u):
+                    da = native.col_shrink(dropped, u, 1.0, True)
+                else:  # on CPU a product with few rows is up to twice as fast where their elements lie side by side
+                    da = u.T.contiguous() @ dropped
                 das = by_rank(da, layers, 0)
         pairs = zip(das, dbs, layers, needs, strict=True)
         return dx, [

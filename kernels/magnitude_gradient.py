@@ -17,8 +17,9 @@ SAMPLE = 16  # rows of y, at most, that these means are taken over
 
 
 def magnitude_gradient(
-    dy: Tensor, y: Tensor | Summed, bias: Tensor | None, magnitude: Tensor, gain: Tensor, *, scaled: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    dy: Tensor, y: Tensor | Summed, bias: Tensor | None, magnitude: Tensor, gain: Tensor, *, scaled: bool,
+    h: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute ``D = g ⊙ dy`` and ``dm = Σ_i dy_i ⊙ (y_i - b) / m``, and find the output features that lack digits for dm.
 
     Args:
@@ -28,25 +29,31 @@ def magnitude_gradient(
         magnitude: ``m (out,)``.
         gain: ``g (out,)``, fp32 or fp64.
         scaled: whether D is asked for; without it the first result is dy.
+        h: ``(M, r)``: where it costs no pass of its own, also compute ``s Dᵀ h``.
+        scale: the factor ``s``.
 
     Returns:
-        D in the dtype of dy; dm in that of `gain`; and the output features whose dm is to be had from x instead, or None.
+        D in the dtype of dy; dm in that of `gain`; the output features whose dm is to be had from x instead, or None; and
+        ``s Dᵀ h (out, r)`` in fp32, or None.
     """
     if isinstance(y, Summed):
         total, residual, keep, limit = *y, LARGE_SUM
     else:
         total, residual, keep, limit = y, None, 1.0, LARGE_BIAS
     if all(native.serves(0, t) for t in (dy, total, gain, magnitude, *(() if residual is None else (residual,)))):
-        inner_grad, dm, lost, any_lost = native.gain_columns(
-            dy, total, residual, keep, gain, bias, magnitude, limit, scaled
+        if h is not None and not native.col_shrink_pays(dy, h):
+            h = None
+        inner_grad, dm, lost, any_lost, db = native.gain_columns(
+            dy, total, residual, keep, gain, bias, magnitude, limit, scaled, h, scale
         )
-        return inner_grad if scaled else dy, dm, lost.nonzero().squeeze(1) if any_lost else None
+        few = lost.nonzero().squeeze(1) if any_lost else None
+        return inner_grad if scaled else dy, dm, few, None if h is None else db
     output = y.output() if isinstance(y, Summed) else y
     inner_grad, dm = scale_columns_backward(dy, output, gain, bias, scaled=scaled)
     dm /= magnitude
     if isinstance(y, Summed):
-        return inner_grad, dm, _lost_in_sum(output, total, bias)
-    return inner_grad, dm, _lost_columns(output, bias, gain, dm)
+        return inner_grad, dm, _lost_in_sum(output, total, bias), None
+    return inner_grad, dm, _lost_columns(output, bias, gain, dm), None
 
 
 def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> Tensor | None:

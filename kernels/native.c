@@ -9,7 +9,9 @@
 #include <string.h>
 
 #define MAX_RANK 64  /* native.py asks for no more */
-#define COLUMNS 768  /* a stripe whose sums stay in the first cache */
+#define COLUMNS 384  /* a stripe whose sums stay in cache */
+#define GAINED 1
+#define SUMMED 2
 #define PARALLEL 32768 /* elements: below, starting threads takes longer than the work */
 
 /* Of `left` columns, up to 32, those in the first vector of 16 and those in the second. */
@@ -36,14 +38,14 @@ typedef struct {
 } Expanded;
 
 typedef struct {
-    const void *dy, *y, *residual;
+    const void *dy, *y, *residual, *h;
     const float *gain, *bias;
     void *scaled;
-    float *product, *sizes, *sums;
-    int64_t rows, out;
-    float keep;
-    int bf16;
-} Gained;
+    float *product, *sizes, *around, *shrunk;
+    int64_t rows, columns, rank, stride;
+    float keep, scale;
+    int transposed, gained, bf16; /* gained: 0, GAINED or SUMMED; an empty y has no address */
+} Columns;
 
 typedef struct {
     uint32_t *words;
@@ -124,18 +126,16 @@ static void share(Range *range, const void *pass, int64_t count, int64_t grain, 
     }
 }
 
-/* The transpose of `factors (count, rank)`, or `factors (rank, count)` as they are, times `scale`, with every 32 of `count`
-   together: rows that lie a power of two apart would drive each other out of the cache. NULL without memory. */
+/* Factors `(rank, count)`, or `(count, rank)` where they are `transposed`, times `scale`, every 32 of `count` together and padded
+   with zeros: rows that lie a power of two apart would drive each other out of the cache. NULL without memory. */
 static float *packed(const float *factors, float scale, int64_t count, int64_t rank, int transposed) {
     const int64_t tiles = (count + 31) / 32;
-    float *const tile = malloc(sizeof(float) * 32 * (tiles * rank + 1));
+    float *const tile = calloc(32 * (tiles * rank + 1), sizeof(float));
     if (!tile) return NULL;
     for (int64_t t = 0; t < tiles; ++t)
         for (int64_t q = 0; q < rank; ++q)
-            for (int64_t k = 0; k < 32; ++k) {
-                const int64_t at = 32 * t + k;
-                tile[32 * (t * rank + q) + k] = at >= count ? 0 : scale * factors[transposed ? at * rank + q : q * count + at];
-            }
+            for (int64_t k = 0, at = 32 * t; k < 32 && at < count; ++k, ++at)
+                tile[32 * (t * rank + q) + k] = scale * factors[transposed ? at * rank + q : q * count + at];
     return tile;
 }
 
@@ -163,16 +163,19 @@ int peftlite_expanded(void *y, const void *h, int bf16, const float *b, float sc
     return 0;
 }
 
-/* ``D = g dy`` unless `scaled` is NULL, and ``dm = Σ_i dy (y - b) / m``, where y is ``keep (y - residual)`` if there is one.
-   `lost` says of each column whether too few digits of ``y - b`` are left for that; the result is how many are. */
-int64_t peftlite_gained(const void *dy, const void *y, const void *residual, float keep, int bf16, const float *gain,
-                        const float *bias, const float *magnitude, float limit, int64_t rows, int64_t out, void *scaled,
-                        float *dm, float *sizes, float *sums, uint8_t *lost, int threads) {
-    const Gained pass = {dy, y, residual, gain, bias, scaled, dm, sizes, sums, rows, out, keep, bf16};
-    share(BEST(gained), &pass, out, 16, rows * out, threads);
+/* ``s dyᵀ h``, its transpose where that is asked for; nothing where `rank` is 0. Where `gained` is not 0 dy is made ``D = g dy``
+   before, which goes to `scaled` unless that is NULL; and ``dm = Σ_i dy (y - b) / m``, where y is ``keep (y - residual)`` if
+   `gained` is SUMMED. `lost` says of each column whether too few digits of ``y - b`` are left for that; the result is how many are. */
+int64_t peftlite_columns(const void *dy, const void *h, int bf16, float scale, int transposed, int64_t rows, int64_t columns,
+                         int64_t rank, int64_t stride, float *shrunk, int gained, const void *y, const void *residual, float keep,
+                         const float *gain, const float *bias, const float *magnitude, float limit, void *scaled, float *dm,
+                         float *sizes, float *around, uint8_t *lost, int threads) {
+    const Columns pass = {dy,    y,      residual, h,       gain, bias,   scaled, dm,    sizes,
+                          around, shrunk, rows,     columns, rank, stride, keep,   scale, transposed, gained, bf16};
+    share(BEST(columns), &pass, columns, 16, rows * columns, threads);
     int64_t found = 0;
-    for (int64_t j = 0; j < out; ++j) {
-        const float swamping = residual ? sums[j] : bias ? fabsf(bias[j]) * (float)rows : 0.0f;
+    for (int64_t j = 0; gained && j < columns; ++j) {
+        const float swamping = gained == SUMMED ? around[j] : bias ? fabsf(bias[j]) * (float)rows : 0.0f;
         dm[j] /= magnitude[j];
         lost[j] = !(swamping <= limit * sizes[j]) || !isfinite(dm[j]);
         found += lost[j];

@@ -26,11 +26,12 @@ from peftlite.kernels.dispatch import has_values
 NAMESPACE = "peftlite_native"
 MAX_RANK = 64  # beyond, a product with A costs less than as many multiplications for each element that is read
 DTYPES = (torch.float32, torch.bfloat16)
+COL_SHRINK_PAYS = {torch.float32: 64, torch.bfloat16: 8}  # ranks up to which ATen's product takes longer than `col_shrink`
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_float}
 _SIGNATURES = {  # what native.c declares: the result, and the arguments
     "updated": ("i", "pippfplllppi"),
     "expanded": ("i", "ppipfppflllli"),
-    "gained": ("l", "pppfipppfllpppppi"),
+    "columns": ("l", "ppifillllpippfpppfpppppi"),
     "drawn": ("i", "pluui"),
 }
 _registry = torch.library.Library(NAMESPACE, "DEF")
@@ -53,6 +54,11 @@ def library() -> ctypes.CDLL | None:
 def serves(rank: int, *tensors: Tensor) -> bool:
     """Whether the passes run over `tensors`, with factors of this `rank`."""
     return rank <= MAX_RANK and library() is not None and all(map(_is_served, tensors))
+
+
+def col_shrink_pays(dy: Tensor, h: Tensor) -> bool:
+    """Whether `col_shrink` computes ``dyᵀ h`` in less time than ATen does; h ``(M, r)`` may be columns of a wider matrix."""
+    return dy.dtype == h.dtype and h.shape[1] <= COL_SHRINK_PAYS.get(dy.dtype, 0) and h.stride(1) == 1 and serves(0, dy)
 
 
 def _is_served(tensor: Tensor) -> bool:
@@ -129,9 +135,24 @@ def expand_columns(
     return _call("expanded", y, h, half, b, scale, g, shift, limit, rows, out, h.shape[1], h.stride(0)) > 0
 
 
+@_operation("col_shrink(Tensor dy, Tensor h, float scale, bool transposed) -> Tensor")
+def col_shrink(dy: Tensor, h: Tensor, scale: float, transposed: bool) -> Tensor:
+    """``s dyᵀ h``, ``(out, r)``, or its transpose, fp32, for dy ``(M, out)`` and h ``(M, r)``.
+
+    h may be some columns of a matrix that is wider.
+    """
+    (rows, out), rank = dy.shape, h.shape[1]
+    result = dy.new_empty((rank, out) if transposed else (out, rank), dtype=torch.float32)
+    if has_values(dy):
+        half = dy.dtype == torch.bfloat16
+        nothing = (0, None, None, 1.0, None, None, None, 0.0, None, None, None, None, None)
+        _call("columns", dy, h, half, scale, transposed, rows, out, rank, h.stride(0), result, *nothing)
+    return result
+
+
 @_operation(
     "gain_columns(Tensor dy, Tensor y, Tensor? residual, float keep, Tensor gain, Tensor? bias, Tensor magnitude, "
-    "float limit, bool scaled) -> (Tensor, Tensor, Tensor, bool)"
+    "float limit, bool scaled, Tensor? h, float scale) -> (Tensor, Tensor, Tensor, bool, Tensor)"
 )
 def gain_columns(
     dy: Tensor,
@@ -143,8 +164,10 @@ def gain_columns(
     magnitude: Tensor,
     limit: float,
     scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Compute ``D = g ⊙ dy`` and ``dm = Σ_i dy_i ⊙ (y_i - b) / m``, and say where digits were lost, in one pass.
+    h: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, bool, Tensor]:
+    """Compute ``D = g ⊙ dy``, ``dm = Σ_i dy_i ⊙ (y_i - b) / m`` and ``s Dᵀ h`` in one pass, and say where dm lost its digits.
 
     Args:
         dy: ``(M, out)``.
@@ -157,20 +180,27 @@ def gain_columns(
         limit: digits are lost where the mean of ``|y| + |sum|``, or ``|b|`` where there is no residual, exceeds this many
             times that of ``|y - b|``, and where dm is not finite.
         scaled: whether D is asked for; without it the first result is empty.
+        h: ``(M, r)``, or None if ``s Dᵀ h`` is not asked for; the last result is empty then.
+        scale: the factor ``s``.
 
     Returns:
-        D in the dtype of dy, dm ``(out,)`` in fp32, where digits were lost ``(out,)`` bool, and whether they were anywhere.
+        D in the dtype of dy; dm ``(out,)`` in fp32; where digits were lost ``(out,)`` bool, and whether they were anywhere;
+        ``s Dᵀ h (out, r)`` in fp32, from a D that is not rounded.
     """
     rows, out = dy.shape
+    rank, stride = (0, 0) if h is None else (h.shape[1], h.stride(0))
     inner_grad = torch.empty_like(dy) if scaled else dy.new_empty(0)
-    dm, sizes, sums = (dy.new_empty(out, dtype=torch.float32) for _ in range(3))
+    dm, sizes, around = (dy.new_empty(out, dtype=torch.float32) for _ in range(3))
+    shrunk = dy.new_empty((out, rank), dtype=torch.float32)
     lost = dy.new_empty(out, dtype=torch.bool)
-    if not has_values(dy):
-        return inner_grad, dm, lost, False
-    half, g, b, m = dy.dtype == torch.bfloat16, *map(_parameter, (gain, bias, magnitude))
-    target = inner_grad if scaled else None
-    found = _call("gained", dy, y, residual, keep, half, g, b, m, limit, rows, out, target, dm, sizes, sums, lost)
-    return inner_grad, dm, lost, found > 0
+    found = 0
+    if has_values(dy):
+        half, g, b, m = dy.dtype == torch.bfloat16, *map(_parameter, (gain, bias, magnitude))
+        product = (dy, h, half, scale, False, rows, out, rank, stride, shrunk)
+        target = inner_grad if scaled else None
+        kind = 1 if residual is None else 2
+        found = _call("columns", *product, kind, y, residual, keep, g, b, m, limit, target, dm, sizes, around, lost)
+    return inner_grad, dm, lost, found > 0, shrunk
 
 
 def draw_bits(like: Tensor, drops: int) -> Tensor:

@@ -56,6 +56,16 @@ INLINE float NAME(total)(V value) {
     return value[0];
 }
 
+/* Rows i .. of a matrix with so many columns, `stride` elements apart. */
+INLINE void NAME(gather)(const void *memory, int64_t i, const int rows, int64_t columns, int64_t stride, const int bf16,
+                         float (*out)[MAX_RANK]) {
+    for (int k = 0; k < rows; ++k)
+        for (int64_t q = 0; q < columns; ++q) {
+            const int64_t at = (i + k) * stride + q;
+            out[k][q] = bf16 ? widened(((const uint16_t *)memory)[at]) : ((const float *)memory)[at];
+        }
+}
+
 /* Columns c .. of rows j .. of ``g (W + s B A)``, or what they add to the squares of the rows of ``W + s B A``. */
 INLINE void NAME(updated_tile)(const Updated *p, int64_t j, const int rows, int64_t c, const int first, const int second,
                                const int bf16, float (*factors)[MAX_RANK], V *squares) {
@@ -132,11 +142,7 @@ INLINE void NAME(expanded_tile)(const Expanded *p, int64_t i, const int rows, in
 
 INLINE void NAME(expanded_rows)(const Expanded *p, int64_t i, const int rows, const int bf16) {
     float inner[4][MAX_RANK];
-    for (int k = 0; k < rows; ++k)
-        for (int64_t q = 0; q < p->rank; ++q) {
-            const int64_t at = (i + k) * p->stride + q;
-            inner[k][q] = bf16 ? widened(((const uint16_t *)p->h)[at]) : ((const float *)p->h)[at];
-        }
+    NAME(gather)(p->h, i, rows, p->rank, p->stride, bf16, inner);
     int64_t c = 0;
     for (; c + 32 <= p->out; c += 32) NAME(expanded_tile)(p, i, rows, c, 16, 16, bf16, inner);
     if (c < p->out) NAME(expanded_tile)(p, i, rows, c, FIRST(p->out - c), SECOND(p->out - c), bf16, inner);
@@ -154,70 +160,90 @@ static void NAME(expanded)(const void *pass, int64_t first, int64_t last) {
     }
 }
 
-/* What rows i .. add to the sums over columns c .. of `gained_columns`, and their ``D``. */
-INLINE void NAME(gained_tile)(const Gained *p, int64_t i, const int rows, int64_t first, int64_t c, const int count,
-                              const int bf16, const int summed, float (*sums)[COLUMNS]) {
-    const V gain = NAME(load)(p->gain, first + c, count, 0);
-    const V bias = p->bias ? NAME(load)(p->bias, first + c, count, 0) : (V){0};
-    V products = NAME(load)(sums[0], c, 16, 0), sizes = NAME(load)(sums[1], c, 16, 0);
-    V around = summed ? NAME(load)(sums[2], c, 16, 0) : (V){0};
+/* What rows i .. add, in columns c .., to the sums over rows: ``Σ h dy`` or, for DoRA, ``Σ h D`` beside those of `Columns`. */
+INLINE void NAME(column_tile)(const Columns *p, int64_t i, const int rows, int64_t first, int64_t c, const int count,
+                              const int bf16, const int gained, float (*sums)[COLUMNS], float (*h)[MAX_RANK]) {
     V dy[4], y[4];
     for (int k = 0; k < rows; ++k) { /* all before the first store: the processor takes one for another 4 KiB apart */
-        const int64_t at = (i + k) * p->out + first + c;
+        const int64_t at = (i + k) * p->columns + first + c;
         dy[k] = NAME(load)(p->dy, at, count, bf16);
-        y[k] = NAME(load)(p->y, at, count, bf16);
-        if (summed) {
-            const V sum = y[k];
-            y[k] = p->keep * (sum - NAME(load)(p->residual, at, count, bf16));
-            around += NAME(size)(y[k]) + NAME(size)(sum);
+        if (gained) y[k] = NAME(load)(p->y, at, count, bf16);
+    }
+    if (gained) {
+        const V gain = NAME(load)(p->gain, first + c, count, 0);
+        const V bias = p->bias ? NAME(load)(p->bias, first + c, count, 0) : (V){0};
+        V products = NAME(load)(sums[0], c, 16, 0), sizes = NAME(load)(sums[1], c, 16, 0), around = NAME(load)(sums[2], c, 16, 0);
+        for (int k = 0; k < rows; ++k) {
+            const int64_t at = (i + k) * p->columns + first + c;
+            V size;
+            if (gained == SUMMED) {
+                const V sum = y[k];
+                y[k] = p->keep * (sum - NAME(load)(p->residual, at, count, bf16));
+                around += NAME(size)(y[k]) + NAME(size)(sum);
+                size = (V)((NAME(Words))NAME(size)(y[k] - bias) & (NAME(Words))(y[k] != 0)); /* what was dropped tells nothing */
+            } else {
+                size = NAME(size)(y[k] - bias);
+            }
+            products += dy[k] * (y[k] - bias);
+            sizes += size;
+            dy[k] *= gain;
+            if (p->scaled) NAME(store)(p->scaled, at, count, bf16, dy[k]);
         }
+        NAME(store)(sums[0], c, 16, 0, products);
+        NAME(store)(sums[1], c, 16, 0, sizes);
+        if (gained == SUMMED) NAME(store)(sums[2], c, 16, 0, around);
     }
-    for (int k = 0; k < rows; ++k) {
-        V size = NAME(size)(y[k] - bias);
-        if (summed) size = (V)((NAME(Words))size & (NAME(Words))(y[k] != 0)); /* what was dropped tells nothing */
-        products += dy[k] * (y[k] - bias);
-        sizes += size;
-        if (p->scaled) NAME(store)(p->scaled, (i + k) * p->out + first + c, count, bf16, gain * dy[k]);
+    for (int64_t q = 0; q < p->rank; ++q) {
+        V sum = NAME(load)(sums[3 + q], c, 16, 0);
+        for (int k = 0; k < rows; ++k) sum += h[k][q] * dy[k];
+        NAME(store)(sums[3 + q], c, 16, 0, sum);
     }
-    NAME(store)(sums[0], c, 16, 0, products);
-    NAME(store)(sums[1], c, 16, 0, sizes);
-    if (summed) NAME(store)(sums[2], c, 16, 0, around);
 }
 
-INLINE void NAME(gained_rows)(const Gained *p, int64_t i, const int rows, int64_t first, int64_t width, const int bf16,
-                              const int summed, float (*sums)[COLUMNS]) {
+INLINE void NAME(column_rows)(const Columns *p, int64_t i, const int rows, int64_t first, int64_t width, const int bf16,
+                              const int gained, float (*sums)[COLUMNS]) {
+    float h[4][MAX_RANK];
+    NAME(gather)(p->h, i, rows, p->rank, p->stride, bf16, h);
     int64_t c = 0;
-    for (; c + 16 <= width; c += 16) NAME(gained_tile)(p, i, rows, first, c, 16, bf16, summed, sums);
-    if (c < width) NAME(gained_tile)(p, i, rows, first, c, (int)(width - c), bf16, summed, sums);
+    for (; c + 16 <= width; c += 16) NAME(column_tile)(p, i, rows, first, c, 16, bf16, gained, sums, h);
+    if (c < width) NAME(column_tile)(p, i, rows, first, c, (int)(width - c), bf16, gained, sums, h);
 }
 
-/* Columns of ``D = g dy``, ``Σ_i dy (y - b)``, ``Σ_i |y - b|`` and, behind a sum, ``Σ_i |y| + |sum|``. */
-INLINE void NAME(gained_columns)(const Gained *p, int64_t first, int64_t last, const int bf16, const int summed) {
-    float part[3][COLUMNS], total[3][COLUMNS];
+INLINE void NAME(column_stripe)(const Columns *p, int64_t first, int64_t last, const int bf16, const int gained) {
+    float part[3 + MAX_RANK][COLUMNS], total[3 + MAX_RANK][COLUMNS];
     const int64_t width = last - first;
-    memset(total, 0, sizeof total);
+    const size_t used = sizeof(float) * COLUMNS * (3 + p->rank);
+    memset(total, 0, used);
     for (int64_t start = 0; start < p->rows; start += 64) { /* sums of sums: of many rows they would lose digits one by one */
         const int64_t stop = start + 64 < p->rows ? start + 64 : p->rows;
-        memset(part, 0, sizeof part);
+        memset(part, 0, used);
         int64_t i = start;
-        for (; i + 4 <= stop; i += 4) NAME(gained_rows)(p, i, 4, first, width, bf16, summed, part);
-        for (; i < stop; ++i) NAME(gained_rows)(p, i, 1, first, width, bf16, summed, part);
-        for (int s = 0; s < 3; ++s)
+        for (; i + 4 <= stop; i += 4) NAME(column_rows)(p, i, 4, first, width, bf16, gained, part);
+        for (; i < stop; ++i) NAME(column_rows)(p, i, 1, first, width, bf16, gained, part);
+        for (int64_t s = gained ? 0 : 3; s < 3 + p->rank; ++s)
             for (int64_t c = 0; c < width; ++c) total[s][c] += part[s][c];
     }
-    memcpy(p->product + first, total[0], width * sizeof(float));
-    memcpy(p->sizes + first, total[1], width * sizeof(float));
-    if (summed) memcpy(p->sums + first, total[2], width * sizeof(float));
+    if (gained) memcpy(p->product + first, total[0], width * sizeof(float));
+    if (gained) memcpy(p->sizes + first, total[1], width * sizeof(float));
+    if (gained == SUMMED) memcpy(p->around + first, total[2], width * sizeof(float));
+    for (int64_t q = 0; q < p->rank; ++q)
+        for (int64_t c = 0; c < width; ++c)
+            p->shrunk[p->transposed ? q * p->columns + first + c : (first + c) * p->rank + q] = p->scale * total[3 + q][c];
 }
 
-static void NAME(gained)(const void *pass, int64_t first, int64_t last) {
-    const Gained *p = pass;
+static void NAME(columns)(const void *pass, int64_t first, int64_t last) {
+    const Columns *p = pass;
     for (; first < last; first += COLUMNS) {
         const int64_t stop = first + COLUMNS < last ? first + COLUMNS : last;
-        if (p->bf16 && p->residual) NAME(gained_columns)(p, first, stop, 1, 1);
-        else if (p->bf16) NAME(gained_columns)(p, first, stop, 1, 0);
-        else if (p->residual) NAME(gained_columns)(p, first, stop, 0, 1);
-        else NAME(gained_columns)(p, first, stop, 0, 0);
+        if (p->bf16) {
+            if (p->gained == SUMMED) NAME(column_stripe)(p, first, stop, 1, SUMMED);
+            else if (p->gained) NAME(column_stripe)(p, first, stop, 1, GAINED);
+            else NAME(column_stripe)(p, first, stop, 1, 0);
+        } else {
+            if (p->gained == SUMMED) NAME(column_stripe)(p, first, stop, 0, SUMMED);
+            else if (p->gained) NAME(column_stripe)(p, first, stop, 0, GAINED);
+            else NAME(column_stripe)(p, first, stop, 0, 0);
+        }
     }
 }
 

@@ -137,22 +137,25 @@ def weight_decomposed_backward(
         gains = [layer.magnitude.to(norm.dtype) / norm for layer, norm in zip(layers, norms, strict=True)]
         dms: list[Tensor | None] = [None] * len(layers)
 
-        def inner_gradient(k: int) -> Tensor:
+        def inner_gradient(k: int) -> tuple[Tensor, Tensor | None]:
             dy, y, layer, need = dys[k], ys[k], layers[k], needs[k]
             if not (need.magnitude or (norm_grad and (need.lora_a or need.lora_b))):
-                return dy if formed else (dy * gains[k]).to(dy.dtype)
+                return dy if formed else (dy * gains[k]).to(dy.dtype), None
             assert x is not None
             if y is None:
                 inner = _inner_columns(slice(None), x, layer, hs[k], keep)
                 inner_grad, total = scale_columns_backward(dy, inner, gains[k], None, scaled=not formed)
                 dms[k] = total / norms[k]
-                return inner_grad
-            inner_grad, dm, lost = magnitude_gradient(dy, y, layer.bias, layer.magnitude, gains[k], scaled=not formed)
+                return inner_grad, None
+            h = None if formed or not need.lora_b else hs[k]  # the gain of a formed weight comes later
+            inner_grad, dm, lost, db = magnitude_gradient(
+                dy, y, layer.bias, layer.magnitude, gains[k], scaled=not formed, h=h, scale=layer.scale / keep
+            )
             if lost is not None:
                 inner = _inner_columns(lost, x, layer, hs[k], keep)
                 dm[lost] = (inner.to(dm.dtype) * dy[:, lost]).sum(0) / norms[k][lost]
             dms[k] = dm
-            return inner_grad
+            return inner_grad, db
 
         factors = [Needs(need.lora_a, need.lora_b) for need in needs]
         inside, updated = [layer.low_rank for layer in layers], None

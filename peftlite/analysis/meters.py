@@ -83,6 +83,15 @@ def _updated_weight_flop(w_shape: Any, a_shape: Any, *args: Any, **kwargs: Any) 
     return 2 * w_shape.numel() * a_shape[0]
 
 
+def _shrunk_columns_flop(dy_shape: Any, h_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * dy_shape.numel() * h_shape[1]
+
+
+def _gained_columns_flop(dy_shape: Any, *args: Any, **kwargs: Any) -> int:
+    h_shape = args[8]
+    return 0 if h_shape is None else _shrunk_columns_flop(dy_shape, h_shape)
+
+
 def _updated_output_flop(y_shape: Any, h_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * y_shape.numel() * h_shape[1]
 
@@ -106,6 +115,8 @@ def _extra_formulas() -> dict[Any, Callable[..., int]]:
         native.row_norm: _updated_weight_flop,
         native.gained_weight: _updated_weight_flop,
         native.expand_columns: _updated_output_flop,
+        native.col_shrink: _shrunk_columns_flop,
+        native.gain_columns: _gained_columns_flop,
         aten.addmm_: _added_matmul_flop,
         aten.baddbmm_: _added_matmul_flop,
         aten.addmv: _added_matmul_flop,

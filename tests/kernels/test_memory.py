@@ -7,8 +7,8 @@ import torch
 from oracles import NAMES, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from peftlite.analysis import meters
 from peftlite.kernels.dora_linear import dora_linear, dora_linears
 from peftlite.kernels.lora_linear import lora_linear
 from peftlite.kernels.weight_decomposed import DoRAArguments
@@ -144,14 +144,8 @@ def test_a_16_bit_weight_is_never_whole_in_fp32():
 
 def flops(case):
     leaves = case.inputs()
-
-    def in_place(y, a, b, **kwargs):  # torch's counter knows addmm but not its in-place form
-        return 2 * a[0] * a[1] * b[1]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
-        y = call(case, leaves)
-        torch.autograd.grad(y, [t for t in leaves.values() if t is not None and t.requires_grad], case.dy)
-    return counter.get_total_flops()
+    trained = [t for t in leaves.values() if t is not None and t.requires_grad]
+    return meters.flops(lambda: torch.autograd.grad(call(case, leaves), trained, case.dy))
 
 
 def test_dora_computes_hardly_more_than_lora():

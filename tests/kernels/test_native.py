@@ -89,15 +89,17 @@ def test_expand_columns(rows, out, rank, dtype, bias, scale):
     st.booleans(),
     st.sampled_from([None, 1.0, 0.75]),
     st.booleans(),
+    st.sampled_from([0, 1, 3, 8, 64]),
 )
-def test_gain_columns(rows, out, dtype, bias, keep, scaled):
+def test_gain_columns(rows, out, dtype, bias, keep, scaled, rank):
     dy, gain, magnitude = draw(rows, out, dtype=dtype), draw(out, seed=3), 1 + draw(out, seed=4).abs()
     b = draw(out, seed=5) if bias else None
     shift = torch.zeros(out).double() if b is None else b.double()
     y = draw(rows, out, dtype=dtype, seed=6)
+    h = draw(rows, rank + 3, dtype=dtype, seed=9)[:, 1 : 1 + rank] if rank else None
     if keep is None:
         output, sizes, limit = y.double(), shift.abs() * rows, 4.0
-        found = native.gain_columns(dy, y, None, 1.0, gain, b, magnitude, limit, scaled)
+        found = native.gain_columns(dy, y, None, 1.0, gain, b, magnitude, limit, scaled, h, 0.5)
         residual = torch.zeros(rows, out)
     else:
         residual = draw(rows, out, dtype=dtype, seed=7)
@@ -105,11 +107,17 @@ def test_gain_columns(rows, out, dtype, bias, keep, scaled):
         dy[residual == y] = 0
         output, limit = keep * (y.double() - residual.double()), 8.0
         sizes = (output.abs() + y.double().abs()).sum(0)
-        found = native.gain_columns(dy, y, residual, keep, gain, b, magnitude, limit, scaled)
-    inner_grad, dm, lost, any_lost = found
+        found = native.gain_columns(dy, y, residual, keep, gain, b, magnitude, limit, scaled, h, 0.5)
+    inner_grad, dm, lost, any_lost, db = found
     inner = output - shift
     terms = dy.double().abs() * (y.double().abs() + residual.double().abs() + shift.abs())
     assert_close(dm, (dy.double() * inner).sum(0) / magnitude.double(), terms.sum(0) / magnitude.double(), steps=8)
+    if h is None:
+        assert db.numel() == 0
+    else:
+        product = 0.5 * (gain.double() * dy.double()).T @ h.double()
+        terms = 0.5 * (gain.double() * dy.double()).abs().T @ h.double().abs()
+        assert_close(db, product, terms, steps=8)
     if scaled:
         assert torch.equal(inner_grad, (gain * dy.float()).to(dtype))
     else:
@@ -121,11 +129,22 @@ def test_gain_columns(rows, out, dtype, bias, keep, scaled):
     assert any_lost == bool(lost.any())
 
 
+@settings(deadline=None)
+@given(st.sampled_from([0, 1, 3, 4, 5, 63, 64, 65, 131]), SIZES, st.sampled_from([1, 3, 8, 64]), DTYPES, st.booleans(), SCALES)
+def test_col_shrink(rows, out, rank, dtype, transposed, scale):
+    dy, h = draw(rows, out, dtype=dtype), draw(rows, rank + 2, dtype=dtype, seed=1)[:, 1 : 1 + rank]
+    found = native.col_shrink(dy, h, scale, transposed)
+    assert found.is_contiguous()
+    oracle, terms = (abs_(dy.double()).T @ abs_(h.double()) for abs_ in (torch.clone, torch.abs))
+    found = found.T if transposed else found
+    assert_close(found, scale * oracle, abs(scale) * terms, steps=8)
+
+
 def test_where_digits_are_lost():
     """A magnitude of zero, a bias that swamps the product, and nothing else."""
     y, dy = torch.ones(5, 4), torch.ones(5, 4)
     bias = torch.tensor([0.0, 0.5, 0.99, 0.0])
-    found = native.gain_columns(dy, y, None, 1.0, torch.ones(4), bias, torch.tensor([1.0, 1.0, 1.0, 0.0]), 4.0, True)
+    found = native.gain_columns(dy, y, None, 1.0, torch.ones(4), bias, torch.tensor([1.0, 1.0, 1.0, 0.0]), 4.0, True, None, 1.0)
     assert found[2].tolist() == [False, False, True, True]
     assert found[3] is True
     assert found[1].tolist()[:2] == [5.0, 2.5]
@@ -135,7 +154,7 @@ def test_many_rows_cost_no_digits():
     """Sums of sums: one sum over 2^16 rows of fp32 would be off by thousands of roundings."""
     rows = 1 << 16
     dy, y = torch.rand(rows, 5), torch.rand(rows, 5)
-    dm = native.gain_columns(dy, y, None, 1.0, torch.ones(5), None, torch.ones(5), 4.0, False)[1]
+    dm = native.gain_columns(dy, y, None, 1.0, torch.ones(5), None, torch.ones(5), 4.0, False, None, 1.0)[1]
     exact = (dy.double() * y.double()).sum(0)
     assert ((dm - exact).abs() <= 64 * EPS * exact).all()
 
@@ -146,7 +165,7 @@ def test_rounding_to_bf16_is_that_of_torch():
     dy = bits.view(torch.bfloat16).view(64, -1)
     for factor in (1.0, 1 / 3, 1.0 + 2.0**-9, 1.5, 2.0**100, 2.0**-130):
         gain = torch.full((dy.shape[1],), factor)
-        found = native.gain_columns(dy, dy, None, 1.0, gain, None, torch.ones_like(gain), 4.0, True)[0]
+        found = native.gain_columns(dy, dy, None, 1.0, gain, None, torch.ones_like(gain), 4.0, True, None, 1.0)[0]
         expected = (gain * dy.float()).to(torch.bfloat16)
         same = (found.view(torch.int16) == expected.view(torch.int16)) | found.isnan() & expected.isnan()
         assert same.all(), factor
@@ -165,10 +184,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
     def all_passes():
         out = y.clone()
         native.expand_columns(out, h, b, 2.0, gain, gain, 2.0)
-        columns = native.gain_columns(dy, y, None, 1.0, gain, gain, gain, 4.0, True)
+        columns = native.gain_columns(dy, y, None, 1.0, gain, gain, gain, 4.0, True, h, 2.0)
         torch.manual_seed(0)
         mask = native.draw_bits(torch.empty(1 << 18), 1000)
-        return [native.row_norm(w, a, b, 2.0), native.gained_weight(w, a, b, 2.0, gain), out, *columns[:3], mask]
+        return [native.row_norm(w, a, b, 2.0), native.gained_weight(w, a, b, 2.0, gain), out, *columns[:3], columns[4], mask]
 
     torch.set_num_threads(1)
     alone = all_passes()
@@ -204,7 +223,8 @@ def test_operations_are_registered_soundly():
         (native.row_norm, (w, a, b, 0.5)),
         (native.gained_weight, (w, a, b, 0.5, gain)),
         (native.expand_columns, (y, h, b, 0.5, gain, None, 2.0)),
-        (native.gain_columns, (y, y.clone(), None, 1.0, gain, gain, gain, 4.0, True)),
+        (native.gain_columns, (y, y.clone(), None, 1.0, gain, gain, gain, 4.0, True, h, 2.0)),
+        (native.col_shrink, (y, h, 0.5, True)),
     ):
         with torch.no_grad():
             torch.library.opcheck(operation, arguments, test_utils=checks)
