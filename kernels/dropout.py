@@ -68,6 +68,19 @@ def _(x: Tensor, drops: int) -> Tensor:
     return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8)
 
 
+def drop(x: Tensor, mask: Tensor) -> Tensor:
+    """``x ⊙ mask``, not divided by anything, for a `mask` of `draw_keep_mask`."""
+    return native.mask(x, mask) if native.serves(0, x) else kept(mask, x.shape, x.dtype).mul_(x)
+
+
+def add_dropped(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """``x + y ⊙ mask`` in place of x."""
+    if native.serves(0, x, y) and x.dtype == y.dtype:
+        native.add_masked(x, y, mask)
+        return x
+    return x.addcmul_(y, kept(mask, x.shape, x.dtype))
+
+
 def kept(mask: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The bits of `mask` as numbers: 1 for an element that survives, 0 for one that is dropped.
 

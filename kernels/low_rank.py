@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from peftlite.kernels import native
 from peftlite.kernels.dispatch import without_autocast
-from peftlite.kernels.dropout import kept
+from peftlite.kernels.dropout import add_dropped, drop
 
 UPDATE_PAYS = 2  # rows for each feature that W is read along: from here on W + s B A is cheaper than the low-rank branch
 
@@ -52,7 +52,7 @@ def low_rank_forward(
 
 def shrunk_input(x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None) -> Tensor:
     """``h = (x ⊙ mask) Aᵀ`` of each layer, side by side, ``(M, Σ r)``."""
-    dropped = x if mask is None else kept(mask, x.shape, x.dtype).mul_(x)
+    dropped = x if mask is None else drop(x, mask)
     return F.linear(dropped, _stacked([layer.lora_a for layer in layers], x.dtype))
 
 
@@ -116,13 +116,12 @@ def low_rank_backward(
             del dy  # its memory may become that of the next
         das: Sequence[Tensor | None] = [None] * len(layers)
         if u is not None:
-            survives = None if mask is None else kept(mask, (rows, layers[0].lora_a.shape[1]), dtype)
             if dx is not None and updated is None:
                 a = _stacked([layer.lora_a for layer in layers], dtype)
-                dx = dx.addmm_(u, a) if survives is None else dx.addcmul_(u @ a, survives)
+                dx = dx.addmm_(u, a) if mask is None else add_dropped(dx, u @ a, mask)
             if any(need.lora_a for need in needs):
                 assert x is not None
-                dropped = x if survives is None else survives.mul_(x)
+                dropped = x if mask is None else drop(x, mask)
                 if native.col_shrink_pays(dropped, u):
                     da = native.col_shrink(dropped, u, 1.0, True)
                 else:  # on CPU a product with few rows is up to twice as fast where their elements lie side by side

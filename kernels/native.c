@@ -48,6 +48,14 @@ typedef struct {
 } Columns;
 
 typedef struct {
+    const void *x;
+    const uint8_t *mask;
+    void *out;
+    int64_t elements;
+    int add, bf16;
+} Masked;
+
+typedef struct {
     uint32_t *words;
     uint64_t seed, drops;
 } Drawn;
@@ -181,6 +189,13 @@ int64_t peftlite_columns(const void *dy, const void *h, int bf16, float scale, i
         found += lost[j];
     }
     return found;
+}
+
+/* ``x mask`` into `out`, or added to it; bit k of byte j of the mask is for element 8 j + k. */
+int peftlite_masked(const void *x, int bf16, const uint8_t *mask, int64_t elements, int add, void *out, int threads) {
+    const Masked pass = {x, mask, out, elements, add, bf16};
+    share(BEST(masked), &pass, (elements + 15) / 16, 64, elements, threads);
+    return 0;
 }
 
 /* One bit for each of 32 `words` elements: 1 unless a draw of 16 bits is below `drops`. */

@@ -32,6 +32,7 @@ _SIGNATURES = {  # what native.c declares: the result, and the arguments
     "updated": ("i", "pippfplllppi"),
     "expanded": ("i", "ppipfppflllli"),
     "columns": ("l", "ppifillllpippfpppfpppppi"),
+    "masked": ("i", "piplipi"),
     "drawn": ("i", "pluui"),
 }
 _registry = torch.library.Library(NAMESPACE, "DEF")
@@ -201,6 +202,22 @@ def gain_columns(
         kind = 1 if residual is None else 2
         found = _call("columns", *product, kind, y, residual, keep, g, b, m, limit, target, dm, sizes, around, lost)
     return inner_grad, dm, lost, found > 0, shrunk
+
+
+@_operation("mask(Tensor x, Tensor bits) -> Tensor")
+def mask(x: Tensor, bits: Tensor) -> Tensor:
+    """x where its bit is 1, and 0 elsewhere; `bits` as `draw_bits` gives them."""
+    result = torch.empty_like(x)
+    if has_values(x):
+        _call("masked", x, x.dtype == torch.bfloat16, bits, x.numel(), False, result)
+    return result
+
+
+@_operation("add_masked(Tensor(a!) x, Tensor y, Tensor bits) -> ()")
+def add_masked(x: Tensor, y: Tensor, bits: Tensor) -> None:
+    """Add y to x, in place, where its bit is 1."""
+    if has_values(x):
+        _call("masked", y, x.dtype == torch.bfloat16, bits, x.numel(), True, x)
 
 
 def draw_bits(like: Tensor, drops: int) -> Tensor:

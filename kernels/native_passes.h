@@ -247,6 +247,26 @@ static void NAME(columns)(const void *pass, int64_t first, int64_t last) {
     }
 }
 
+/* Runs of 16 elements of ``x mask``, or of ``out + x mask``. */
+INLINE void NAME(masked_run)(const Masked *p, int64_t run, const int count, const int bf16) {
+    uint16_t bits = p->mask[2 * run];
+    if (count > 8) bits |= (uint16_t)(p->mask[2 * run + 1] << 8);
+    const NAME(Words) lanes = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    const NAME(Words) stays = (NAME(Words))((((NAME(Words)){0} + bits) & lanes) != 0);
+    V kept = (V)((NAME(Words))NAME(load)(p->x, 16 * run, count, bf16) & stays);
+    if (p->add) kept += NAME(load)(p->out, 16 * run, count, bf16);
+    NAME(store)(p->out, 16 * run, count, bf16, kept);
+}
+
+static void NAME(masked)(const void *pass, int64_t first, int64_t last) {
+    const Masked *p = pass;
+    const int64_t whole = p->elements / 16 < last ? p->elements / 16 : last;
+    int64_t run = first;
+    if (p->bf16) for (; run < whole; ++run) NAME(masked_run)(p, run, 16, 1);
+    else for (; run < whole; ++run) NAME(masked_run)(p, run, 16, 0);
+    if (run < last) NAME(masked_run)(p, run, (int)(p->elements - 16 * run), p->bf16);
+}
+
 /* Bytes of the mask: eight draws of SplitMix64 (Steele, Lea and Flood 2014) at a time decide on 32 elements, 4 bytes. */
 static void NAME(drawn)(const void *pass, int64_t first, int64_t last) {
     const Drawn *p = pass;

@@ -216,6 +216,22 @@ def test_bits_are_those_of_splitmix64(elements):
     assert found[:elements] == expected[:elements]
 
 
+@settings(deadline=None)
+@given(st.sampled_from([0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 1000]), DTYPES)
+def test_masks_are_applied_bit_by_bit(elements, dtype):
+    torch.manual_seed(elements)
+    bits = native.draw_bits(torch.empty(elements), 30000)
+    stays = torch.tensor([byte >> bit & 1 for byte in bits.tolist() for bit in range(8)][:elements], dtype=torch.bool)
+    x, y = draw(elements, dtype=dtype), draw(elements + 16, dtype=dtype, seed=1)
+    x[::3] = math.inf
+    dropped, summed = native.mask(x, bits), y.clone()
+    native.add_masked(summed[8:-8], x, bits)
+    assert torch.equal(dropped, torch.where(stays, x, 0))
+    assert torch.equal(summed[8:-8], torch.where(stays, x + y[8:-8], y[8:-8]))
+    assert torch.equal(summed[:8], y[:8])
+    assert torch.equal(summed[-8:], y[-8:])
+
+
 def test_operations_are_registered_soundly():
     w, a, b, gain, y, h = draw(7, 5), draw(2, 5), draw(7, 2), draw(7), draw(3, 7), draw(3, 2)
     checks = ("test_schema", "test_faketensor")
@@ -225,6 +241,8 @@ def test_operations_are_registered_soundly():
         (native.expand_columns, (y, h, b, 0.5, gain, None, 2.0)),
         (native.gain_columns, (y, y.clone(), None, 1.0, gain, gain, gain, 4.0, True, h, 2.0)),
         (native.col_shrink, (y, h, 0.5, True)),
+        (native.mask, (y, torch.full((3,), 77, dtype=torch.uint8))),
+        (native.add_masked, (y, y.clone(), torch.full((3,), 77, dtype=torch.uint8))),
     ):
         with torch.no_grad():
             torch.library.opcheck(operation, arguments, test_utils=checks)
