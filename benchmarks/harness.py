@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from peftlite.kernels.native import instruction_set
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Sample = TypeVar("Sample")
@@ -151,6 +153,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "native": instruction_set(),
         **_source(),
         **moment(),
     }

@@ -52,6 +52,12 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def instruction_set() -> str:
+    """What the passes are compiled for here: ``"AVX-512"``, ``"AVX2"``, ``"plain C"``, or ``"none"`` where there are none."""
+    found = library()
+    return "none" if found is None else ("plain C", "AVX2", "AVX-512")[found.peftlite_instruction_set(2)]
+
+
 def serves(rank: int, *tensors: Tensor) -> bool:
     """Whether the passes run over `tensors`, with factors of this `rank`."""
     return rank <= MAX_RANK and library() is not None and all(map(_is_served, tensors))

@@ -1,6 +1,7 @@
 """What is built holds every module, and what is imported is lean."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,10 +39,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 target.symlink_to(source.readlink())
             else:
                 target.write_bytes(source.read_bytes())
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "copy")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    build(folder / "copy", folder / "dist")
     return folder / "dist"
+
+
+def build(source: Path, target: Path, *options: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(target), str(source)]
+    done = subprocess.run(
+        command, cwd=source.parent, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def modules() -> set[str]:
@@ -64,13 +71,32 @@ def test_the_wheel_holds_every_module(built: Path) -> None:
     assert [name for name in names if name.endswith("LICENSE")]
 
 
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
+def test_the_wheel_holds_the_native_passes_and_serves_every_python(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    assert [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("peftlite/kernels/_native.")]
+    assert "-cp310-abi3-" in wheel.name
+
+
+def test_without_a_compiler_the_wheel_is_built_without_them(built: Path, tmp_path: Path) -> None:
+    build(built.parent / "copy", tmp_path / "dist", "--wheel", CC="false")
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "_native." in name]
+        archive.extractall(tmp_path / "installed")
+    code = "from peftlite.kernels import native; print(native.instruction_set(), native.__file__)"
+    kind, where = python(code, cwd=tmp_path / "installed").split()
+    assert kind == "none"
+    assert Path(where) == tmp_path / "installed/peftlite/kernels/native.py"
+
+
 def test_the_sdist_holds_them_as_ordinary_files(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         files = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     for name in modules():
         assert files[name].isfile(), name
-    assert "pyproject.toml" in files
+    assert {"pyproject.toml", "kernels/native.c", "kernels/native_passes.h"} <= files.keys()
 
 
 def test_the_wheel_works_where_the_repository_is_not(built: Path, tmp_path: Path) -> None:

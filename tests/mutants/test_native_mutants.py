@@ -1,0 +1,75 @@
+"""The tests of the native passes are worth something: each fails where a line of C is wrong, and passes where none is."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from peftlite.kernels import native
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    native.library() is None or not shutil.which("gcc"), reason="no C compiler, or built without the native passes"
+)
+
+
+class Mutant(NamedTuple):
+    """One broken line: `old` stands in native_passes.h exactly once; `test` must notice."""
+
+    name: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = (
+    Mutant(
+        "an unwritten tail",
+        "else for (int k = 0; k < count; ++k) target[k] = value[k];",
+        "else for (int k = 0; k < count - 1; ++k) target[k] = value[k];",
+        "row_norm_and_gained_weight",
+    ),
+    Mutant("a missing scale", "p->scale * total[3 + q][c]", "total[3 + q][c]", "col_shrink"),
+    Mutant("a mask of eight bits", "if (count > 8) bits |=", "if (count > 16) bits |=", "masks_are_applied"),
+    Mutant("rounding to zero", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16", "rounding_to_bf16"),
+    Mutant("a wrong stride", "(i + k) * stride + q", "(i + k) * columns + q", "expand_columns"),
+    Mutant("a bias inside the gain", "(1.0f - gain) * NAME(load)", "(V){0} * NAME(load)", "expand_columns"),
+)
+
+
+def run(copy: Path, test: str) -> int:
+    """Compile the copy's sources in a hurry and run one test of them; pytest's exit status."""
+    library = copy / "kernels" / Path(native.library()._name).name
+    command = ["gcc", "-O1", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", "-o", str(library), str(copy / "kernels/native.c")]
+    subprocess.run([*command, "-lm"], check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels/test_native.py", "-k", test]
+    return subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True).returncode
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tests of the passes need, and nothing that leads back to the repository."""
+    folder = tmp_path_factory.mktemp("native")
+    for name in ("peftlite", "kernels", "tests/kernels"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS], ids=lambda mutant: mutant.name if mutant else "as it is")
+def test_a_broken_line_is_noticed(copy: Path, mutant: Mutant | None) -> None:
+    file, source = copy / "kernels/native_passes.h", (ROOT / "kernels/native_passes.h").read_text()
+    if mutant is None:
+        assert run(copy, "not threads") == pytest.ExitCode.OK
+        return
+    assert source.count(mutant.old) == 1, f"{mutant.name}: write the mutant anew"
+    try:
+        file.write_text(source.replace(mutant.old, mutant.new))
+        assert run(copy, mutant.test) == pytest.ExitCode.TESTS_FAILED
+    finally:
+        file.write_text(source)
