@@ -9,7 +9,10 @@ from peftlite.kernels import lora_linear as module
 from peftlite.kernels import low_rank
 from peftlite.kernels.lora_linear import lora_linear
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned", "passes"),
+    pytest.mark.parametrize("passes", ["small", "native"], indirect=True),
+]
 TRAINABLE = ("x", "bias", "lora_a", "lora_b")
 
 

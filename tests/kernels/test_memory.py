@@ -14,6 +14,10 @@ from peftlite.kernels.lora_linear import lora_linear
 from peftlite.kernels.weight_decomposed import DoRAArguments
 
 M, INNER, OUTER, RANK = 64, 48, 80, 4
+pytestmark = [
+    pytest.mark.usefixtures("passes"),
+    pytest.mark.parametrize("passes", ["small", "native"], indirect=True),
+]
 
 
 def call(case, leaves):
