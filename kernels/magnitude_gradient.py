@@ -17,8 +17,15 @@ SAMPLE = 16  # rows of y, at most, that these means are taken over
 
 
 def magnitude_gradient(
-    dy: Tensor, y: Tensor | Summed, bias: Tensor | None, magnitude: Tensor, gain: Tensor, *, scaled: bool,
-    h: Tensor | None = None, scale: float = 1.0
+    dy: Tensor,
+    y: Tensor | Summed,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    gain: Tensor,
+    *,
+    scaled: bool,
+    h: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute ``D = g ⊙ dy`` and ``dm = Σ_i dy_i ⊙ (y_i - b) / m``, and find the output features that lack digits for dm.
 
@@ -40,8 +47,9 @@ def magnitude_gradient(
         total, residual, keep, limit = *y, LARGE_SUM
     else:
         total, residual, keep, limit = y, None, 1.0, LARGE_BIAS
-    if all(native.serves(0, t) for t in (dy, total, gain, magnitude, *(() if residual is None else (residual,)))):
-        if h is not None and not native.col_shrink_pays(dy, h):
+    read = (dy, total) if residual is None else (dy, total, residual)
+    if native.serves(0, *read, gain, magnitude) and all(tensor.dtype == dy.dtype for tensor in read):
+        if h is not None and not native.col_shrink_pays(dy, h, fused=True):
             h = None
         inner_grad, dm, lost, any_lost, db = native.gain_columns(
             dy, total, residual, keep, gain, bias, magnitude, limit, scaled, h, scale

@@ -127,6 +127,7 @@ static void share(Range *range, const void *pass, int64_t count, int64_t grain, 
     const int64_t grains = (count + grain - 1) / grain;
     if (elements < PARALLEL) threads = 1;
     if (grains < threads) threads = (int)grains;
+    if (threads < 1) return;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; ++t) {
         const int64_t first = grains * t / threads * grain, last = grains * (t + 1) / threads * grain;

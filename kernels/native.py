@@ -26,7 +26,8 @@ from peftlite.kernels.dispatch import has_values
 NAMESPACE = "peftlite_native"
 MAX_RANK = 64  # beyond, a product with A costs less than as many multiplications for each element that is read
 DTYPES = (torch.float32, torch.bfloat16)
-COL_SHRINK_PAYS = {torch.float32: 64, torch.bfloat16: 8}  # ranks up to which ATen's product takes longer than `col_shrink`
+COL_SHRINK_PAYS = {torch.float32: MAX_RANK, torch.bfloat16: 0}  # ranks up to which ATen's product takes longer
+FUSED_PAYS = {torch.float32: MAX_RANK, torch.bfloat16: 8}  # the same within `gain_columns`, which reads dy anyway
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_float}
 _SIGNATURES = {  # what native.c declares: the result, and the arguments
     "updated": ("i", "pippfplllppi"),
@@ -63,9 +64,10 @@ def serves(rank: int, *tensors: Tensor) -> bool:
     return rank <= MAX_RANK and library() is not None and all(map(_is_served, tensors))
 
 
-def col_shrink_pays(dy: Tensor, h: Tensor) -> bool:
-    """Whether `col_shrink` computes ``dyᵀ h`` in less time than ATen does; h ``(M, r)`` may be columns of a wider matrix."""
-    return dy.dtype == h.dtype and h.shape[1] <= COL_SHRINK_PAYS.get(dy.dtype, 0) and h.stride(1) == 1 and serves(0, dy)
+def col_shrink_pays(dy: Tensor, h: Tensor, *, fused: bool = False) -> bool:
+    """Whether ``dyᵀ h`` takes less time than by ATen, from `col_shrink` or `fused` into `gain_columns`."""
+    ranks = (FUSED_PAYS if fused else COL_SHRINK_PAYS).get(dy.dtype, 0)
+    return dy.dtype == h.dtype and h.shape[1] <= ranks and h.stride(1) == 1 and serves(0, dy)
 
 
 def _is_served(tensor: Tensor) -> bool:
