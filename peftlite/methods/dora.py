@@ -43,7 +43,7 @@ class DoRALinear(AdapterLinear):
 
     Example:
         >>> layer = DoRALinear(16, 32, rank=4)
-        >>> torch.equal(layer.magnitude, torch.linalg.vector_norm(layer.effective_weight(), dim=1).detach())
+        >>> torch.equal(layer.effective_weight(), layer.weight)  # until it is trained
         True
     """
 
