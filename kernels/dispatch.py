@@ -107,11 +107,26 @@ def _autocast_is_on(device: str) -> bool:
 _UNCHANGED = nullcontext()
 
 
+class _AutocastOff:
+    """What ``torch.autocast(device, enabled=False)`` does to operations, without its many checks."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self._device, False)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_autocast_enabled(self._device, True)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off; where it is off already nothing is entered, which small layers notice."""
-    if _autocast_is_on(device.type):
+    if not _autocast_is_on(device.type):
+        return _UNCHANGED
+    if torch.compiler.is_compiling():  # which knows this one
         return torch.autocast(device.type, enabled=False)
-    return _UNCHANGED
+    return _AutocastOff(device.type)
 
 
 class _Given(NamedTuple):

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, positional, saved_tensors
 from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.lora_linear import lora_linears
-from peftlite.kernels.low_rank import LoRAArguments, by_rank, flatten, unflatten
+from peftlite.kernels.low_rank import LoRAArguments, first_columns, flatten, unflatten
 from peftlite.kernels.row_norm import BaseSquare, accumulation_dtype
 from peftlite.kernels.summed_output import Summed, SummedOutput
 from peftlite.kernels.weight_decomposed import (
@@ -178,7 +178,7 @@ class _DoRA(torch.autograd.Function):
         if ctx.offer is not None:
             ys[0] = ctx.offer.take()
         layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
-        hs = by_rank(h, layers, 1)
+        hs = first_columns(layers)
         need_x = ctx.needs_input_grad[0]
         needs = unflatten(ctx.needs_input_grad[5 : 5 + 6 * count], 6)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
@@ -190,6 +190,7 @@ class _DoRA(torch.autograd.Function):
                 x,
                 [layers[k] for k in used],
                 [ys[k] for k in used],
+                h,
                 [hs[k] for k in used],
                 [norms[k] for k in used],
                 mask,
@@ -244,7 +245,7 @@ def _single_backward(
     layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
     need_x, *need = needs
     dx, (adapter,) = weight_decomposed_backward(
-        [dy], x, [layer], [y], [h], [norm], mask, keep, norm_grad, need_x, [DoRANeeds(*need)]
+        [dy], x, [layer], [y], h, [0], [norm], mask, keep, norm_grad, need_x, [DoRANeeds(*need)]
     )
     return [gradient for gradient in (dx, *adapter) if gradient is not None]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftlite.kernels import native
+from peftlite.kernels import native, native_library
 
 LEVELS = 1 << 16  # probabilities are multiples of 1 / LEVELS, here and in the Triton kernels
 # A 64-bit number of eight bytes that are 0 or 1, times this, has byte k as bit k of its uppermost byte: 2^(8 k + 56 - 7 j)
@@ -51,7 +51,7 @@ def draw_keep_mask(x: Tensor, dropout: float) -> tuple[Tensor | None, float]:
 
 
 def _draw(x: Tensor, drops: int) -> Tensor:
-    if x.device.type == "cpu" and native.library() is not None:
+    if x.device.type == "cpu" and native_library.library() is not None:
         return native.draw_bits(x, drops)
     numbers = torch.empty(-(-x.numel() // 8) * 2, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     decisions = numbers.view(torch.int16) >= drops - LEVELS // 2
@@ -70,12 +70,12 @@ def _(x: Tensor, drops: int) -> Tensor:
 
 def drop(x: Tensor, mask: Tensor) -> Tensor:
     """``x ⊙ mask``, not divided by anything, for a `mask` of `draw_keep_mask`."""
-    return native.mask(x, mask) if native.serves(0, x) else kept(mask, x.shape, x.dtype).mul_(x)
+    return native.mask(x, mask) if native_library.serves(0, x) else kept(mask, x.shape, x.dtype).mul_(x)
 
 
 def add_dropped(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """``x + y ⊙ mask`` in place of x."""
-    if native.serves(0, x, y) and x.dtype == y.dtype:
+    if native_library.serves(0, x, y) and x.dtype == y.dtype:
         native.add_masked(x, y, mask)
         return x
     return x.addcmul_(y, kept(mask, x.shape, x.dtype))

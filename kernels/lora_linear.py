@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, positional, saved_tensors, without_autocast
 from peftlite.kernels.dropout import draw_keep_mask, kept
-from peftlite.kernels.low_rank import LoRAArguments, Needs, by_rank, flatten, low_rank_backward, low_rank_forward, unflatten
+from peftlite.kernels.low_rank import (
+    LoRAArguments,
+    Needs,
+    OutputGradient,
+    first_columns,
+    flatten,
+    low_rank_backward,
+    low_rank_forward,
+    unflatten,
+)
 
 
 def lora_linear(
@@ -141,15 +150,16 @@ class _LoRA(torch.autograd.Function):
         count = len(ctx.scales)
         need_x, _, _, *need = ctx.needs_input_grad
         layers = [LoRAArguments(w, None, a, b, s) for (w, a, b), s in zip(unflatten(saved, 3), ctx.scales, strict=True)]
-        hs = by_rank(h, layers, 1)
+        hs = first_columns(layers)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
         grads: list[Tensor | None] = [None] * (5 * count)
         dx = None
         if used:
             dx, pairs = low_rank_backward(
-                [(dys[k], None) for k in used],  # type: ignore[misc]
+                lambda k, _u, _start: OutputGradient(dys[used[k]]),  # type: ignore[arg-type]
                 x,
                 [layers[k] for k in used],
+                h,
                 [hs[k] for k in used],
                 mask,
                 ctx.keep,
@@ -193,7 +203,7 @@ def _single_backward(
 ) -> list[Tensor]:
     layer = LoRAArguments(weight, None, lora_a, lora_b, scale)
     need_x, *need = needs
-    dx, ((da, db),) = low_rank_backward([(dy, None)], x, [layer], [h], mask, keep, need_x, [Needs(*need)])
+    dx, ((da, db),) = low_rank_backward(lambda *_: OutputGradient(dy), x, [layer], h, [0], mask, keep, need_x, [Needs(*need)])
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 

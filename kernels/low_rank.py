@@ -4,14 +4,15 @@ One layer is the simplest case. Derivations and measured choices are in ``kernel
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftlite.kernels import native
+from peftlite.kernels import native, native_library
 from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.dropout import add_dropped, drop
 
@@ -28,6 +29,20 @@ class LoRAArguments(NamedTuple):
     scale: float
 
 
+class OutputGradient(NamedTuple):
+    """What the gradient of a layer's output comes to inside its gain, and what has been had of it on the way.
+
+    Attributes:
+        dy: ``(M, out)``.
+        db: the gradient of lora_b, or None if it is still to be computed from `dy`.
+        has_u: whether ``u = s dy B / keep`` is written.
+    """
+
+    dy: Tensor
+    db: Tensor | None = None
+    has_u: bool = False
+
+
 def low_rank_forward(
     x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None, keep: float
 ) -> tuple[list[Tensor], Tensor]:
@@ -37,23 +52,41 @@ def low_rank_forward(
     that of `draw_keep_mask`.
     """
     with without_autocast(x.device):
-        dtype = x.dtype
-        h = shrunk_input(x, layers, mask)
         ys = []
+        if shrinks_natively(x, layers):
+            h = x.new_empty(len(x), sum(layer.lora_a.shape[0] for layer in layers))
+            start = 0
+            for layer in layers:
+                y = base_output(x, layer)
+                native.adapt_output(y, x, h, start, mask, layer.lora_a, layer.lora_b, layer.scale / keep)
+                ys.append(y)
+                start += layer.lora_a.shape[0]
+            return ys, h
+        h = shrunk_input(x, layers, mask)
         for layer, part in zip(layers, by_rank(h, layers, 1), strict=True):
-            bias = None if layer.bias is None else layer.bias.to(dtype)
             if mask is None and update_pays(x, x.shape[1]):
-                ys.append(F.linear(x, updated_weight(layer, dtype), bias))
+                bias = None if layer.bias is None else layer.bias.to(x.dtype)
+                ys.append(F.linear(x, updated_weight(layer, x.dtype), bias))
             else:
-                y = F.linear(x, layer.weight.to(dtype), bias)
-                ys.append(y.addmm_(part, layer.lora_b.to(dtype).T, alpha=layer.scale / keep))
+                ys.append(base_output(x, layer).addmm_(part, layer.lora_b.to(x.dtype).T, alpha=layer.scale / keep))
         return ys, h
+
+
+def base_output(x: Tensor, layer: LoRAArguments) -> Tensor:
+    """``x Wᵀ + b``, in the dtype of x."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def shrunk_input(x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None) -> Tensor:
     """``h = (x ⊙ mask) Aᵀ`` of each layer, side by side, ``(M, Σ r)``."""
     dropped = x if mask is None else drop(x, mask)
     return F.linear(dropped, _stacked([layer.lora_a for layer in layers], x.dtype))
+
+
+def shrinks_natively(rows: Tensor, layers: Sequence[LoRAArguments]) -> bool:
+    """Whether products of tensors with the dtype of `rows` (x, dy) with the factors of `layers` run in C."""
+    factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
+    return native_library.shrink_pays(rows, sum(layer.lora_a.shape[0] for layer in layers), *factors)
 
 
 class Needs(NamedTuple):
@@ -64,10 +97,11 @@ class Needs(NamedTuple):
 
 
 def low_rank_backward(
-    dys: Iterable[tuple[Tensor, Tensor | None]],
+    output_gradient: Callable[[int, Tensor | None, int], OutputGradient],
     x: Tensor | None,
     layers: Sequence[LoRAArguments],
-    hs: Sequence[Tensor],
+    h: Tensor,
+    hs: Sequence[int],
     mask: Tensor | None,
     keep: float,
     need_x: bool,
@@ -77,57 +111,76 @@ def low_rank_backward(
     """The gradient of x, and of each layer's lora_a and lora_b, for the gradients ``dy (M, out)`` of the outputs.
 
     Args:
-        dys: of each layer, taken one at a time: the next is asked for when all that reads the last is done. Beside it the
-            gradient of lora_b, where it has been had on the way.
+        output_gradient: of a layer, by its index: asked for when all that reads the last one is done. It may write columns
+            from the third argument on of ``u (M, Σ r)``, the second, unless that is None.
         x: ``(M, in)``, read for the gradients of lora_a only.
         layers: as in the forward pass.
-        hs: ``(M, r)`` of each layer, from the forward pass.
+        h: ``(M, Σ r)``, from the forward pass.
+        hs: the first column in h of each layer.
         mask: as in the forward pass.
         keep: as in the forward pass.
         need_x: whether the gradient of x is asked for.
         needs: which others are.
         updated: form the ``W + s B A`` of each layer; without them that is done where it is cheaper than the low-rank branch.
     """
-    rows, dtype = len(hs[0]), hs[0].dtype
-    with without_autocast(hs[0].device):
-        if need_x and updated is None and mask is None and update_pays(hs[0], sum(layer.weight.shape[0] for layer in layers)):
+    dtype = h.dtype
+    with without_autocast(h.device):
+        shrinks = shrinks_natively(h, layers)
+        outs = sum(layer.weight.shape[0] for layer in layers)
+        if need_x and updated is None and mask is None and not shrinks and update_pays(h, outs):
             updated = [functools.partial(updated_weight, layer, dtype) for layer in layers]
         dx: Tensor | None = None
         u: Tensor | None = None  # s dy B / keep, side by side
-        if need_x or any(need.lora_a for need in needs):
-            u = hs[0].new_empty(rows, sum(layer.lora_a.shape[0] for layer in layers))
-            us = by_rank(u, layers, 1)
+        if (need_x and updated is None) or any(need.lora_a for need in needs):
+            u = h.new_empty(len(h), sum(layer.lora_a.shape[0] for layer in layers))
         dbs: list[Tensor | None] = []
-        left = iter(dys)
-        for k, (layer, h, need) in enumerate(zip(layers, hs, needs, strict=True)):
-            dy, db = next(left)
-            if u is not None:
-                b = _scaled(layer, keep, dtype)
-                # In fp32 a B that lies transposed takes a third of the time on CPU where the rank is small.
-                torch.mm(dy, b.T.contiguous().T if dtype.itemsize >= 4 else b, out=us[k])
+        start = 0
+        for k, (layer, need) in enumerate(zip(layers, needs, strict=True)):
+            rank = layer.lora_a.shape[0]
+            dy, db, has_u = output_gradient(k, u, start)
+            missing_db = need.lora_b and db is None
+            if shrinks and (missing_db or (u is not None and not has_u)):
+                dy = dy.contiguous()
+                if missing_db:
+                    db = h.new_empty(layer.lora_b.shape, dtype=torch.float32)
+                native.output_gradients(
+                    dy, layer.lora_b, layer.scale / keep, h, hs[k], None if has_u else u, start, db if missing_db else None
+                )
+            else:
+                if u is not None and not has_u:
+                    b = _scaled(layer, keep, dtype)
+                    # In fp32 a B that lies transposed takes a third of the time on CPU where the rank is small.
+                    torch.mm(dy, b.T.contiguous().T if dtype.itemsize >= 4 else b, out=u.narrow(1, start, rank))
+                if missing_db:  # in most shapes cheaper on CPU than dyᵀ h
+                    inner = h.narrow(1, hs[k], rank).T.contiguous()
+                    db = torch.empty_like(layer.lora_b, memory_format=torch.contiguous_format).copy_((inner @ dy).T)
+                    if layer.scale != keep:
+                        db.mul_(layer.scale / keep)
             if need_x:
                 weight = layer.weight.to(dtype) if updated is None else updated[k]()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-            if need.lora_b and db is None and native.col_shrink_pays(dy, h):
-                db = native.col_shrink(dy, h, layer.scale / keep, False)
-            elif need.lora_b and db is None:  # in most shapes cheaper on CPU than dyᵀ h
-                db = torch.empty_like(layer.lora_b, memory_format=torch.contiguous_format).copy_((h.T.contiguous() @ dy).T)
-                if layer.scale != keep:
-                    db.mul_(layer.scale / keep)
             dbs.append(None if db is None or not need.lora_b else db.to(layer.lora_b.dtype))
+            start += rank
             del dy  # its memory may become that of the next
         das: Sequence[Tensor | None] = [None] * len(layers)
         if u is not None:
-            if dx is not None and updated is None:
-                a = _stacked([layer.lora_a for layer in layers], dtype)
-                dx = dx.addmm_(u, a) if mask is None else add_dropped(dx, u @ a, mask)
-            if any(need.lora_a for need in needs):
-                assert x is not None
-                dropped = x if mask is None else drop(x, mask)
-                if native.col_shrink_pays(dropped, u):
-                    da = native.col_shrink(dropped, u, 1.0, True)
-                else:  # on CPU a product with few rows is up to twice as fast where their elements lie side by side
-                    da = u.T.contiguous() @ dropped
+            needs_a = any(need.lora_a for need in needs)
+            expanded = dx if updated is None else None
+            lora_as = [layer.lora_a for layer in layers]
+            if shrinks:
+                da = h.new_empty(u.shape[1], lora_as[0].shape[1], dtype=torch.float32) if needs_a else None
+                rows_of_x = x.contiguous() if needs_a and x is not None else None
+                native.input_gradients(expanded, rows_of_x, mask, u, lora_as, da)
+            else:
+                if expanded is not None:
+                    a = _stacked(lora_as, dtype)
+                    dx = expanded.addmm_(u, a) if mask is None else add_dropped(expanded, u @ a, mask)
+                if needs_a:
+                    assert x is not None
+                    # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
+                    da = u.T.contiguous() @ (x if mask is None else drop(x, mask))
+            if needs_a:
+                assert da is not None
                 das = by_rank(da, layers, 0)
         pairs = zip(das, dbs, layers, needs, strict=True)
         return dx, [
@@ -136,7 +189,7 @@ def low_rank_backward(
 
 
 def update_pays(rows: Tensor, features: int) -> bool:
-    """Whether products with ``W + s B A``, formed for one pass, cost less than a pass over the other operand's result.
+    """Whether products with ``W + s B A``, formed for one pass, cost less than ATen's pass over the other operand's result.
 
     In 16 bits never: an update below half a unit in the last place of W would vanish.
     """
@@ -160,6 +213,11 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if len(factors) == 1:
         return factors[0].to(dtype)
     return torch.cat([factor.to(dtype) for factor in factors])
+
+
+def first_columns(layers: Sequence[Any]) -> list[int]:
+    """Where the columns of each layer begin in a matrix that holds the ranks of all of them side by side."""
+    return list(itertools.accumulate((layer.lora_a.shape[0] for layer in layers[:-1]), initial=0))
 
 
 def by_rank(tensor: Tensor, layers: Sequence[Any], dim: int) -> Sequence[Tensor]:

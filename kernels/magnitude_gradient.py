@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from peftlite.kernels import native
+from peftlite.kernels import native, native_library
 from peftlite.kernels.column_scale import scale_columns_backward
 from peftlite.kernels.dispatch import has_values
 from peftlite.kernels.summed_output import Summed
@@ -16,17 +16,47 @@ LARGE_SUM = 2.0**10  # times that mean: above it, a y that was had from a residu
 SAMPLE = 16  # rows of y, at most, that these means are taken over
 
 
-def magnitude_gradient(
+def is_readable(y: Tensor | Summed, dtype: torch.dtype) -> bool:
+    """Whether the native passes can read y beside a gradient of this dtype."""
+    tensors = (y,) if isinstance(y, Tensor) else (y.total, y.residual)
+    return native_library.serves(0, *tensors) and all(tensor.dtype == dtype for tensor in tensors)
+
+
+def native_magnitude_gradient(
     dy: Tensor,
     y: Tensor | Summed,
     bias: Tensor | None,
     magnitude: Tensor,
-    gain: Tensor,
+    norm: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    h: Tensor,
+    h_start: int,
+    u: Tensor | None,
+    u_start: int,
+    db: Tensor | None,
     *,
     scaled: bool,
-    h: Tensor | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`magnitude_gradient` with all else that a backward pass reads of dy, in C: see `native.output_gradients`.
+
+    Takes ``n (out,)`` in place of the gain; the other arguments are those of the two.
+    """
+    if isinstance(y, Summed):
+        total, residual, keep, limit = *y, LARGE_SUM
+    else:
+        total, residual, keep, limit = y, None, 1.0, LARGE_BIAS
+    dy = dy.contiguous()
+    inner_grad = torch.empty_like(dy) if scaled else None
+    dm, lost = torch.empty_like(norm), norm.new_empty(len(norm), dtype=torch.bool)
+    low_rank = (lora_b, scale, h, h_start, u, u_start, db)
+    found = native.output_gradients(dy, *low_rank, total, residual, keep, bias, magnitude, norm, limit, inner_grad, dm, lost)
+    return dy if inner_grad is None else inner_grad, dm, lost.nonzero().squeeze(1) if found else None
+
+
+def magnitude_gradient(
+    dy: Tensor, y: Tensor | Summed, bias: Tensor | None, magnitude: Tensor, gain: Tensor, *, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute ``D = g ⊙ dy`` and ``dm = Σ_i dy_i ⊙ (y_i - b) / m``, and find the output features that lack digits for dm.
 
     Args:
@@ -36,32 +66,15 @@ def magnitude_gradient(
         magnitude: ``m (out,)``.
         gain: ``g (out,)``, fp32 or fp64.
         scaled: whether D is asked for; without it the first result is dy.
-        h: ``(M, r)``: where it costs no pass of its own, also compute ``s Dᵀ h``.
-        scale: the factor ``s``.
 
     Returns:
-        D in the dtype of dy; dm in that of `gain`; the output features whose dm is to be had from x instead, or None; and
-        ``s Dᵀ h (out, r)`` in fp32, or None.
+        D in the dtype of dy; dm in that of `gain`; and the output features whose dm is to be had from x instead, or None.
     """
-    if isinstance(y, Summed):
-        total, residual, keep, limit = *y, LARGE_SUM
-    else:
-        total, residual, keep, limit = y, None, 1.0, LARGE_BIAS
-    read = (dy, total) if residual is None else (dy, total, residual)
-    if native.serves(0, *read, gain, magnitude) and all(tensor.dtype == dy.dtype for tensor in read):
-        if h is not None and not native.col_shrink_pays(dy, h, fused=True):
-            h = None
-        inner_grad, dm, lost, any_lost, db = native.gain_columns(
-            dy, total, residual, keep, gain, bias, magnitude, limit, scaled, h, scale
-        )
-        few = lost.nonzero().squeeze(1) if any_lost else None
-        return inner_grad if scaled else dy, dm, few, None if h is None else db
     output = y.output() if isinstance(y, Summed) else y
     inner_grad, dm = scale_columns_backward(dy, output, gain, bias, scaled=scaled)
     dm /= magnitude
-    if isinstance(y, Summed):
-        return inner_grad, dm, _lost_in_sum(output, total, bias), None
-    return inner_grad, dm, _lost_columns(output, bias, gain, dm), None
+    lost = _lost_in_sum(output, y.total, bias) if isinstance(y, Summed) else _lost_columns(output, bias, gain, dm)
+    return inner_grad, dm, lost
 
 
 def _lost_columns(y: Tensor, bias: Tensor | None, gain: Tensor, dm: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-/* The passes of DoRA and of dropout that ATen has no single call for, on CPU, in fp32 and bf16. See native.py.
+/* What LoRA, DoRA and dropout do beside the products with W, on CPU, in fp32 and bf16, in fewer passes than ATen's. See native.py.
 
    Every entry point is plain C over pointers, so that nothing here depends on a version of Python or torch. What it computes
    does not depend on the number of threads: they share out rows or columns, and none of them adds to another's sums. */
@@ -9,7 +9,8 @@
 #include <string.h>
 
 #define MAX_RANK 64  /* native.py asks for no more */
-#define COLUMNS 384  /* a stripe whose sums stay in cache */
+#define COLUMNS 384 /* a stripe whose sums stay in cache */
+#define EPS 1e-12f /* a row of zeros has norm 0 */
 #define GAINED 1
 #define SUMMED 2
 #define PARALLEL 32768 /* elements: below, starting threads takes longer than the work */
@@ -19,26 +20,39 @@
 #define SECOND(left) ((left) > 16 ? (int)(left) - 16 : 0)
 
 #define INLINE static inline __attribute__((always_inline))
+#define EDGE static __attribute__((noinline)) void /* any number of rows and columns, for the last of a matrix */
 
 typedef struct {
     const void *weight;
-    const float *a, *b, *gain;
-    float *whole, *norm; /* one of them */
+    const float *a, *b;
+    float *norm;
     int64_t in, rank;
     float scale;
     int bf16;
-} Updated;
+} Normed;
+
+typedef struct {
+    const void *x;
+    const uint8_t *mask;
+    const void *factors; /* packed: fp32, or bf16 for the passes of native_dot.h */
+    void *h;
+    int64_t features, rank, stride;
+    int bf16;
+} Shrunk;
 
 typedef struct {
     void *y;
     const void *h;
-    const float *factors, *gain, *bias;
-    int64_t rows, out, rank, stride;
+    const uint8_t *mask;
+    const void *factors;
+    const float *gain, *bias;
+    int64_t out, rank, stride;
     int bf16;
 } Expanded;
 
 typedef struct {
     const void *dy, *y, *residual, *h;
+    const uint8_t *mask;
     const float *gain, *bias;
     void *scaled;
     float *product, *sizes, *around, *shrunk;
@@ -69,6 +83,41 @@ INLINE float widened(uint16_t half) {
     return value;
 }
 
+/* To bf16: to nearest, ties to even; every NaN stays one. */
+INLINE uint16_t narrowed(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#define SHRUNK_ROWS 2 /* as many as the sums of 8 columns each find registers for */
+/* Bits `at` .. of a mask, one for each of `count` elements. */
+INLINE uint64_t bits_of(const uint8_t *mask, int64_t at, int count) {
+    uint64_t bits = 0;
+    const int first = (int)(at & 7), bytes = (first + count + 7) / 8;
+    mask += at / 8;
+    if (count == 16) bits = (uint64_t)mask[0] | (uint64_t)mask[1] << 8 | (uint64_t)(first ? mask[2] : 0) << 16;
+    else for (int k = 0; k < bytes; ++k) bits |= (uint64_t)mask[k] << (8 * k);
+    return bits >> first;
+}
+
+/* Add the sums over some rows to those over all. */
+INLINE void column_add(float (*total)[COLUMNS], float (*part)[COLUMNS], int64_t rank, int64_t width) {
+    for (int64_t s = 0; s < 3 + rank; ++s)
+        for (int64_t c = 0; c < width; ++c) total[s][c] += part[s][c];
+}
+
+/* Write the sums over all rows to where they were asked for. */
+INLINE void column_put(const Columns *p, int64_t first, int64_t width, float (*total)[COLUMNS]) {
+    if (p->gained) memcpy(p->product + first, total[0], width * sizeof(float));
+    if (p->gained) memcpy(p->sizes + first, total[1], width * sizeof(float));
+    if (p->gained == SUMMED) memcpy(p->around + first, total[2], width * sizeof(float));
+    for (int64_t q = 0; q < p->rank; ++q)
+        for (int64_t c = 0; c < width; ++c)
+            p->shrunk[p->transposed ? q * p->columns + first + c : (first + c) * p->rank + q] = p->scale * total[3 + q][c];
+}
+
 #define NAME(x) x##_any
 #include "native_passes.h"
 #undef NAME
@@ -92,6 +141,8 @@ INLINE float widened(uint16_t half) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
+#undef SHRUNK_ROWS
+#define SHRUNK_ROWS 3
 #define NAME(x) x##_avx512
 #include "native_passes.h"
 #undef NAME
@@ -100,26 +151,57 @@ INLINE float widened(uint16_t half) {
 #else
 #pragma GCC pop_options
 #endif
+#if defined(__clang__) || __GNUC__ >= 11
+#define BY_DOT_PRODUCTS
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+#include "native_dot.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
 #endif
 
-static int widest = 2; /* lowered by the tests alone */
+static int widest = 3; /* lowered by the tests alone */
 
-/* Use no instruction set beyond `set`; the one that is used then: 0, 1 or 2 for none in particular, AVX2 and AVX-512. */
+/* Use no instruction set beyond `set`; the one that is used then: 0, 1, 2 or 3 for none in particular, AVX2, AVX-512, and that with
+   AVX512_BF16. */
 int peftlite_instruction_set(int set) {
     widest = set;
 #ifdef BY_INSTRUCTION_SET
     if (widest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#ifdef BY_DOT_PRODUCTS
+        if (widest >= 3 && __builtin_cpu_supports("avx512bf16")) return 3;
+#endif
         return 2;
+    }
     if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
 }
 
 #ifdef BY_INSTRUCTION_SET
-#define BEST(pass) (Range *[]){pass##_any, pass##_avx2, pass##_avx512}[peftlite_instruction_set(widest)]
+#define BEST(pass) (Range *[]){pass##_any, pass##_avx2, pass##_avx512, pass##_avx512}[peftlite_instruction_set(widest)]
 #else
 #define BEST(pass) pass##_any
+#endif
+/* Whether the low-rank products of these tensors are those of native_dot.h. */
+static int by_dots(int bf16) { return bf16 && peftlite_instruction_set(widest) == 3; }
+
+#ifndef BY_DOT_PRODUCTS
+#define shrunk_dot NULL
+#define expanded_dot NULL
+#define columns_dot NULL
+#define pack_rows(...) (void)0
+#define pack_pairs(...) (void)0
 #endif
 
 /* Run `range` over [0, count), shared out among threads in runs of a multiple of `grain`. */
@@ -135,61 +217,155 @@ static void share(Range *range, const void *pass, int64_t count, int64_t grain, 
     }
 }
 
-/* Factors `(rank, count)`, or `(count, rank)` where they are `transposed`, times `scale`, every 32 of `count` together and padded
-   with zeros: rows that lie a power of two apart would drive each other out of the cache. NULL without memory. */
-static float *packed(const float *factors, float scale, int64_t count, int64_t rank, int transposed) {
-    const int64_t tiles = (count + 31) / 32;
-    float *const tile = calloc(32 * (tiles * rank + 1), sizeof(float));
-    if (!tile) return NULL;
-    for (int64_t t = 0; t < tiles; ++t)
-        for (int64_t q = 0; q < rank; ++q)
-            for (int64_t k = 0, at = 32 * t; k < 32 && at < count; ++k, ++at)
-                tile[32 * (t * rank + q) + k] = scale * factors[transposed ? at * rank + q : q * count + at];
-    return tile;
+/* Memory for `rank` rows of factors, every 32 of `count` columns together: rows that lie a power of two apart would drive each
+   other out of the cache. NULL without memory. */
+static void *tiles_for(int64_t count, int64_t rank) { return calloc(32 * ((count + 31) / 32 * rank + 1), sizeof(float)); }
+
+/* Write factors `(rank, count)`, or `(count, rank)` where they are `transposed`, times `scale`, and gain unless that is NULL, into
+   rows `first` .. of tiles with `whole` rows. */
+static void pack(float *tiles, int64_t whole, int64_t first, const float *factors, float scale, const float *gain, int64_t count,
+                 int64_t rank, int transposed) {
+    for (int64_t start = 0; start < count; start += 32)
+        for (int64_t q = 0; q < rank; ++q) {
+            float *const tile = tiles + start * whole + 32 * (first + q);
+            for (int64_t k = 0; k < 32 && start + k < count; ++k) {
+                tile[k] = scale * factors[transposed ? (start + k) * rank + q : q * count + start + k];
+                if (gain) tile[k] *= gain[start + k];
+            }
+        }
 }
 
-/* ``n = ‖W + s B A‖_row`` or, where `norm` is NULL, ``g (W + s B A)`` into `whole`. */
-int peftlite_updated(const void *weight, int bf16, const float *a, const float *b, float scale, const float *gain, int64_t out,
-                     int64_t in, int64_t rank, float *whole, float *norm, int threads) {
-    float *const tiles = packed(a, 1, in, rank, 0);
+/* ``h = (x mask) (g F)ᵀ``; `pass` lacks its factors. -1 without memory. */
+static int shrink(Shrunk pass, const float *factors, float scale, const float *gain, int transposed, int64_t rows, int threads) {
+    void *const tiles = tiles_for(pass.features, pass.rank);
+    const int dots = by_dots(pass.bf16);
     if (!tiles) return -1;
-    const Updated pass = {weight, tiles, b, gain, whole, norm, in, rank, scale, bf16};
-    share(BEST(updated), &pass, out, 4, out * in, threads);
+    if (dots) pack_rows(tiles, factors, scale, gain, pass.features, pass.rank, transposed);
+    else pack(tiles, pass.rank, 0, factors, scale, gain, pass.features, pass.rank, transposed);
+    pass.factors = tiles;
+    share(dots ? shrunk_dot : BEST(shrunk), &pass, rows, 12, rows * pass.features, threads);
     free(tiles);
     return 0;
 }
 
-/* ``y = g (y + s h Bᵀ) + (1 - g) b`` in place. 1 if a |g| exceeds `limit`. */
-int peftlite_expanded(void *y, const void *h, int bf16, const float *b, float scale, const float *gain, const float *bias,
-                      float limit, int64_t rows, int64_t out, int64_t rank, int64_t stride, int threads) {
-    float *const tiles = packed(b, scale, out, rank, 1);
+/* ``y += h F``, masked or with a gain, for the factors of `count` layers one below the other; `pass` lacks them. -1 without
+   memory. */
+static int expand(Expanded pass, const float *const *factors, const int64_t *ranks, int count, float scale, int transposed,
+                  int64_t rows, int threads) {
+    void *const tiles = tiles_for(pass.out, pass.rank + 1); /* pairs of rows */
+    const int dots = by_dots(pass.bf16);
     if (!tiles) return -1;
-    const Expanded pass = {y, h, tiles, gain, bias, rows, out, rank, stride, bf16};
-    share(BEST(expanded), &pass, rows, 4, rows * out, threads);
+    for (int64_t k = 0, first = 0; k < count; first += ranks[k++]) {
+        if (dots) pack_pairs(tiles, (pass.rank + 1) / 2, first, factors[k], scale, pass.out, ranks[k], transposed);
+        else pack(tiles, pass.rank, first, factors[k], scale, NULL, pass.out, ranks[k], transposed);
+    }
+    pass.factors = tiles;
+    share(dots ? expanded_dot : BEST(expanded), &pass, rows, 4, rows * pass.out, threads);
     free(tiles);
-    for (int64_t j = 0; j < out; ++j)
-        if (!(fabsf(gain[j]) <= limit)) return 1;
     return 0;
 }
 
-/* ``s dyᵀ h``, its transpose where that is asked for; nothing where `rank` is 0. Where `gained` is not 0 dy is made ``D = g dy``
-   before, which goes to `scaled` unless that is NULL; and ``dm = Σ_i dy (y - b) / m``, where y is ``keep (y - residual)`` if
-   `gained` is SUMMED. `lost` says of each column whether too few digits of ``y - b`` are left for that; the result is how many are. */
-int64_t peftlite_columns(const void *dy, const void *h, int bf16, float scale, int transposed, int64_t rows, int64_t columns,
-                         int64_t rank, int64_t stride, float *shrunk, int gained, const void *y, const void *residual, float keep,
-                         const float *gain, const float *bias, const float *magnitude, float limit, void *scaled, float *dm,
-                         float *sizes, float *around, uint8_t *lost, int threads) {
-    const Columns pass = {dy,    y,      residual, h,       gain, bias,   scaled, dm,    sizes,
-                          around, shrunk, rows,     columns, rank, stride, keep,   scale, transposed, gained, bf16};
-    share(BEST(columns), &pass, columns, 16, rows * columns, threads);
+static const void *element(const void *memory, int64_t at, int bf16) { return (const char *)memory + at * (bf16 ? 2 : 4); }
+
+/* fp32 copies of bf16 parameters, or the parameters themselves. */
+static void widen(float *copy, const void *values, int bf16, int64_t count) {
+    if (!bf16) memcpy(copy, values, count * sizeof(float));
+    for (int64_t k = 0; bf16 && k < count; ++k) copy[k] = widened(((const uint16_t *)values)[k]);
+}
+
+/* ``n = ‖W + s B A‖_row``. */
+int peftlite_row_norm(const void *weight, int bf16, const float *a, const float *b, float scale, int64_t out, int64_t in,
+                      int64_t rank, float *norm, int threads) {
+    float *const tiles = tiles_for(in, rank);
+    if (!tiles) return -1;
+    pack(tiles, rank, 0, a, 1, NULL, in, rank, 0);
+    const Normed pass = {weight, tiles, b, norm, in, rank, scale, bf16};
+    share(BEST(normed), &pass, out, 4, out * in, threads);
+    free(tiles);
+    return 0;
+}
+
+/* Behind the product y = x Wᵀ + b. ``h = (x mask) Aᵀ`` if it `shrinks`, else h is given; then ``y += s h Bᵀ``, in place. With a
+   magnitude also ``n = max(‖W + s B A‖_row, EPS)``, unless there is no weight and n is given; then y becomes
+   ``g (y + s h Bᵀ) + (1 - g) b``, ``g = m / n``, and the result is 1 if a |g| exceeds `limit`. h is columns `start` .. of a
+   matrix whose rows lie `stride` elements apart. */
+int peftlite_adapt_output(void *y, const void *x, void *h, int bf16, const uint8_t *mask, const float *a, const float *b,
+                          float scale, float norm_scale, int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t start,
+                          int64_t stride, int shrinks, const void *weight, int bf16_weight, const void *bias, int bf16_bias,
+                          const float *magnitude, float *norm, float limit, int threads) {
+    const int adapts = magnitude != NULL;
+    float *const memory = malloc((2 * out + 1) * sizeof(float)), *const gain = memory, *const shift = memory + out;
+    int large = 0;
+    h = (void *)element(h, start, bf16);
+    const Shrunk inner = {x, mask, NULL, h, in, rank, stride, bf16};
+    if (!memory || (shrinks && shrink(inner, a, 1, NULL, 0, rows, threads)) ||
+        (weight && peftlite_row_norm(weight, bf16_weight, a, b, norm_scale, out, in, rank, norm, threads))) {
+        free(memory);
+        return -1;
+    }
+    for (int64_t j = 0; adapts && j < out; ++j) {
+        if (norm[j] < EPS) norm[j] = EPS;
+        gain[j] = magnitude[j] / norm[j];
+        large |= !(fabsf(gain[j]) <= limit);
+    }
+    if (adapts && bias) widen(shift, bias, bf16_bias, out);
+    const Expanded outer = {y, h, NULL, NULL, adapts ? gain : NULL, adapts && bias ? shift : NULL, out, rank, stride, bf16};
+    if (expand(outer, &b, &rank, 1, scale, 1, rows, threads)) large = -1;
+    free(memory);
+    return large;
+}
+
+/* Before the product with W, from dy: ``u = s D B`` and ``db = s Dᵀ h`` where they have an address, ``D = dy``. With a magnitude
+   ``D = g dy`` is written to `scaled`, unless that is NULL, and ``dm = Σ_i dy (y - b) / m``, where y is ``keep (y - residual)``
+   if there is a residual. `lost` says of each column whether too few digits of ``y - b`` are left for that; the result is how
+   many are. h and u are columns of matrices, as in the forward pass. */
+int64_t peftlite_output_gradients(const void *dy, int bf16, const float *b, float scale, int64_t rows, int64_t out, int64_t rank,
+                                  const void *h, int64_t h_start, int64_t h_stride, void *u, int64_t u_start, int64_t u_stride,
+                                  float *db, const void *y, const void *residual, float keep, const void *bias, int bf16_bias,
+                                  const float *magnitude, const float *norm, float limit, void *scaled, float *dm, uint8_t *lost,
+                                  int threads) {
+    const int adapts = magnitude != NULL, summed = residual != NULL;
+    float *const memory = malloc((4 * out + 1) * sizeof(float));
+    float *const gain = memory, *const sizes = memory + out, *const around = memory + 2 * out, *const shift = memory + 3 * out;
     int64_t found = 0;
-    for (int64_t j = 0; gained && j < columns; ++j) {
-        const float swamping = gained == SUMMED ? around[j] : bias ? fabsf(bias[j]) * (float)rows : 0.0f;
+    if (!memory) return -1;
+    for (int64_t j = 0; adapts && j < out; ++j) gain[j] = magnitude[j] / norm[j];
+    if (adapts && bias) widen(shift, bias, bf16_bias, out);
+    if (adapts || db) {
+        const Columns pass = {.dy = dy, .y = y, .residual = residual, .h = db ? element(h, h_start, bf16) : NULL,
+                              .gain = gain, .bias = adapts && bias ? shift : NULL, .scaled = scaled, .product = dm,
+                              .sizes = sizes, .around = around, .shrunk = db, .rows = rows, .columns = out,
+                              .rank = db ? rank : 0, .stride = h_stride, .keep = keep, .scale = scale,
+                              .gained = !adapts ? 0 : summed ? SUMMED : GAINED, .bf16 = bf16};
+        share(by_dots(bf16) ? columns_dot : BEST(columns), &pass, out, 32, rows * out, threads);
+    }
+    for (int64_t j = 0; adapts && j < out; ++j) {
+        const float swamping = summed ? around[j] : bias ? fabsf(shift[j]) * (float)rows : 0.0f;
         dm[j] /= magnitude[j];
         lost[j] = !(swamping <= limit * sizes[j]) || !isfinite(dm[j]);
         found += lost[j];
     }
+    if (u) {
+        const Shrunk inner = {dy, NULL, NULL, (void *)element(u, u_start, bf16), out, rank, u_stride, bf16};
+        if (shrink(inner, b, scale, adapts ? gain : NULL, 1, rows, threads)) found = -1;
+    }
+    free(memory);
     return found;
+}
+
+/* Behind the product dx = Σ D W: ``dx += (u A) mask`` and ``da = uᵀ (x mask)`` where they have an address, for the A of `count`
+   layers one below the other. */
+int peftlite_input_gradients(void *dx, const void *x, int bf16, const uint8_t *mask, const void *u, const float *const *as,
+                             const int64_t *ranks, int count, int64_t rows, int64_t in, float *da, int threads) {
+    int64_t rank = 0;
+    for (int k = 0; k < count; ++k) rank += ranks[k];
+    if (da) {
+        const Columns pass = {.dy = x, .h = u, .mask = mask, .shrunk = da, .rows = rows, .columns = in, .rank = rank,
+                              .stride = rank, .scale = 1, .transposed = 1, .bf16 = bf16};
+        share(by_dots(bf16) ? columns_dot : BEST(columns), &pass, in, 32, rows * in, threads);
+    }
+    const Expanded outer = {dx, u, mask, NULL, NULL, NULL, in, rank, rank, bf16};
+    return dx ? expand(outer, as, ranks, count, 1, 0, rows, threads) : 0;
 }
 
 /* ``x mask`` into `out`, or added to it; bit k of byte j of the mask is for element 8 j + k. */

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from peftlite.kernels import native
+from peftlite.kernels import native, native_library
 from peftlite.kernels.dispatch import has_values, without_autocast
 
 CPU_BLOCK = 1 << 17  # elements: 512 KiB in fp32, which stay in cache
@@ -87,10 +87,12 @@ def row_norm(
     with without_autocast(weight.device):  # also where a layer is made under autocast
         acc = accumulation_dtype(weight, lora_a, lora_b)
         a, b = lora_a.to(acc), lora_b.to(acc)
-        if weight.is_contiguous() and native.serves(lora_a.shape[0], a, b):
-            if native.serves(0, weight):
+        if weight.is_contiguous() and native_library.serves(lora_a.shape[0], a, b):
+            if native_library.serves(0, weight):
                 return native.row_norm(weight, a, b, scale)
-            return torch.cat([native.row_norm(w, a, b[rows], scale) for rows, w in _blocks(weight, acc)])
+            # A packed weight of one block comes as it is, and a clone is dense.
+            dense = ((rows, w if type(w) is Tensor else w.clone()) for rows, w in _blocks(weight, acc))
+            return torch.cat([native.row_norm(w, a, b[rows], scale) for rows, w in dense])
         if weight.numel() <= SMALL:
             return _direct(weight.to(acc), a, b, scale)
         if weight.device.type != "cpu":

@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftlite.kernels import native
+from peftlite.kernels import native, native_library
 from peftlite.kernels.column_scale import scale_columns, scale_columns_backward
 from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.lora_linear import lora_linear_reference
 from peftlite.kernels.low_rank import (
     LoRAArguments,
     Needs,
+    OutputGradient,
+    base_output,
     by_rank,
     low_rank_backward,
     low_rank_forward,
+    shrinks_natively,
     shrunk_input,
     update_pays,
     updated_weight,
 )
-from peftlite.kernels.magnitude_gradient import exceeds, magnitude_gradient
+from peftlite.kernels.magnitude_gradient import exceeds, is_readable, magnitude_gradient, native_magnitude_gradient
 from peftlite.kernels.row_norm import BaseSquare, formed_norm, inverse_norm_gradients, row_norm
 from peftlite.kernels.summed_output import Summed
 
@@ -88,9 +91,7 @@ def weight_decomposed_forward(
     """``y (M, out)`` of each layer, ``h = x̃ Aᵀ (M, Σ r)`` and the norms ``n (out,)``; no other M x out tensor is made."""
     with without_autocast(x.device):
         if all(_is_native(x, layer) for layer in layers):
-            h = shrunk_input(x, [layer.low_rank for layer in layers], mask)
-            expanded = [_expanded(x, layer, part, keep) for layer, part in zip(layers, by_rank(h, layers, 1), strict=True)]
-            return [y for y, _ in expanded], h, [norm for _, norm in expanded]
+            return _native_forward(x, layers, mask, keep)
         if _can_be_formed(x, layers, mask) and all(
             layer.weight.numel() <= IN_CACHE or update_pays(x, x.shape[1]) for layer in layers
         ):
@@ -119,7 +120,8 @@ def weight_decomposed_backward(
     x: Tensor | None,
     layers: Sequence[DoRAArguments],
     ys: Sequence[Tensor | Summed | None],
-    hs: Sequence[Tensor],
+    h: Tensor,
+    hs: Sequence[int],
     norms: Sequence[Tensor],
     mask: Tensor | None,
     keep: float,
@@ -130,52 +132,89 @@ def weight_decomposed_backward(
     """The gradient of x, and of each layer's lora_a, lora_b and magnitude, for the gradients ``dy (M, out)``.
 
     x and y are read for the gradient of the magnitude, and with `norm_grad` for those of the factors; x for that of lora_a. A
-    y that is None is formed anew, up to gain and bias.
+    y that is None is formed anew, up to gain and bias. Columns ``hs[k]`` .. of `h` are those of layer k.
     """
     with without_autocast(dys[0].device):
-        formed = need_x and _can_be_formed(dys[0], layers, mask) and all(_forming_pays(len(dys[0]), of) for of in layers)
-        gains = [layer.magnitude.to(norm.dtype) / norm for layer, norm in zip(layers, norms, strict=True)]
+        natively = all(_is_native(dys[0], layer) for layer in layers)
+        formed = need_x and not natively and _can_be_formed(dys[0], layers, mask)
+        formed = formed and all(_forming_pays(len(dys[0]), layer) for layer in layers)
+        inside, updated = [layer.low_rank for layer in layers], None
+        shrinks = shrinks_natively(dys[0], inside)
         dms: list[Tensor | None] = [None] * len(layers)
 
-        def inner_gradient(k: int) -> tuple[Tensor, Tensor | None]:
+        @functools.cache
+        def gain(k: int) -> Tensor:
+            return layers[k].magnitude.to(norms[k].dtype) / norms[k]
+
+        def inner_gradient(k: int, u: Tensor | None, start: int) -> OutputGradient:
             dy, y, layer, need = dys[k], ys[k], layers[k], needs[k]
             if not (need.magnitude or (norm_grad and (need.lora_a or need.lora_b))):
-                return dy if formed else (dy * gains[k]).to(dy.dtype), None
+                return OutputGradient(dy if formed else (dy * gain(k)).to(dy.dtype))
             assert x is not None
+            rank = layer.lora_a.shape[0]
             if y is None:
-                inner = _inner_columns(slice(None), x, layer, hs[k], keep)
-                inner_grad, total = scale_columns_backward(dy, inner, gains[k], None, scaled=not formed)
+                inner = _inner_columns(slice(None), x, layer, h.narrow(1, hs[k], rank), keep)
+                inner_grad, total = scale_columns_backward(dy, inner, gain(k), None, scaled=not formed)
                 dms[k] = total / norms[k]
-                return inner_grad, None
-            h = None if formed or not need.lora_b else hs[k]  # the gain of a formed weight comes later
-            inner_grad, dm, lost, db = magnitude_gradient(
-                dy, y, layer.bias, layer.magnitude, gains[k], scaled=not formed, h=h, scale=layer.scale / keep
-            )
+                return OutputGradient(inner_grad)
+            if natively and is_readable(y, dy.dtype):
+                db = dy.new_empty(layer.lora_b.shape, dtype=torch.float32) if shrinks and need.lora_b else None
+                low_rank = (layer.lora_b, layer.scale / keep, h, hs[k], u if shrinks else None, start, db)
+                inner_grad, dm, lost = native_magnitude_gradient(
+                    dy, y, layer.bias, layer.magnitude, norms[k], *low_rank, scaled=need_x or not shrinks
+                )
+                has_u = shrinks
+            else:
+                inner_grad, dm, lost = magnitude_gradient(dy, y, layer.bias, layer.magnitude, gain(k), scaled=not formed)
+                db, has_u = None, False
             if lost is not None:
-                inner = _inner_columns(lost, x, layer, hs[k], keep)
+                inner = _inner_columns(lost, x, layer, h.narrow(1, hs[k], rank), keep)
                 dm[lost] = (inner.to(dm.dtype) * dy[:, lost]).sum(0) / norms[k][lost]
             dms[k] = dm
-            return inner_grad, db
+            return OutputGradient(inner_grad, db, has_u)
 
         factors = [Needs(need.lora_a, need.lora_b) for need in needs]
-        inside, updated = [layer.low_rank for layer in layers], None
         if formed:  # the gain goes to B and to W + s B A, and not to dy
-            updated = [functools.partial(_gained, layer, gain) for layer, gain in zip(layers, gains, strict=True)]
-            inside = [of._replace(lora_b=gain[:, None] * of.lora_b) for of, gain in zip(inside, gains, strict=True)]
-        inner_grads = map(inner_gradient, range(len(layers)))  # one at a time: the memory of one serves for all
-        dx, pairs = low_rank_backward(inner_grads, x, inside, hs, mask, keep, need_x, factors, updated)
+            updated = [functools.partial(_gained, layer, gain(k)) for k, layer in enumerate(layers)]
+            inside = [of._replace(lora_b=gain(k)[:, None] * of.lora_b) for k, of in enumerate(inside)]
+        dx, pairs = low_rank_backward(inner_gradient, x, inside, h, hs, mask, keep, need_x, factors, updated)
         grads: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
-        for (da, db), total, layer, norm, gain, need in zip(pairs, dms, layers, norms, gains, needs, strict=True):
+        for k, ((da, db), total, layer, need) in enumerate(zip(pairs, dms, layers, needs, strict=True)):
             if formed and db is not None:
-                db = (gain[:, None] * db).to(layer.lora_b.dtype)
+                db = (gain(k)[:, None] * db).to(layer.lora_b.dtype)
             if norm_grad and total is not None:
                 extra_a, extra_b = inverse_norm_gradients(
-                    layer.weight, layer.lora_a, layer.lora_b, layer.scale, total * layer.magnitude, norm, EPS
+                    layer.weight, layer.lora_a, layer.lora_b, layer.scale, total * layer.magnitude, norms[k], EPS
                 )
                 da = None if da is None else da + extra_a
                 db = None if db is None else db + extra_b
             grads.append((da, db, total.to(layer.magnitude.dtype) if total is not None and need.magnitude else None))
         return dx, grads
+
+
+def _native_forward(
+    x: Tensor, layers: Sequence[DoRAArguments], mask: Tensor | None, keep: float
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """`weight_decomposed_forward` with one native pass over W and one over y behind each product."""
+    inside = [layer.low_rank for layer in layers]
+    shrinks = shrinks_natively(x, inside)
+    h = x.new_empty(len(x), sum(len(a) for _, _, a, *_ in layers)) if shrinks else shrunk_input(x, inside, mask)
+    ys, norms, start = [], [], 0
+    for layer, of in zip(layers, inside, strict=True):
+        weight, bias, lora_a, lora_b, magnitude, scale = layer
+        y = base_output(x, of)
+        reads = native_library.serves(0, weight)  # not where it is packed
+        norm = y.new_empty(len(weight), dtype=torch.float32) if reads else row_norm(weight, lora_a, lora_b, scale)
+        large = native.adapt_output(
+            *(y, x, h, start, mask, lora_a, lora_b, scale / keep, shrinks, scale),
+            *(weight if reads else None, bias, magnitude, norm, LARGE_GAIN),
+        )
+        if large and bias is not None:
+            _replace_large(y, magnitude / norm, x, layer, h.narrow(1, start, len(lora_a)), keep)
+        ys.append(y)
+        norms.append(norm)
+        start += len(lora_a)
+    return ys, h, norms
 
 
 def _can_be_formed(rows: Tensor, layers: Sequence[DoRAArguments], mask: Tensor | None) -> bool:
@@ -198,14 +237,14 @@ def _forming_pays(rows: int, layer: DoRAArguments) -> bool:
 
 def _is_native(rows: Tensor, layer: DoRAArguments) -> bool:
     """Whether the norm of W and passes over tensors with the dtype of `rows` (x, dy) run in C."""
-    parameters = layer.lora_a, layer.lora_b, layer.magnitude
-    return rows.dtype in native.DTYPES and layer.weight.is_contiguous() and native.serves(layer.lora_a.shape[0], *parameters)
+    weight, bias, lora_a, lora_b, magnitude, _ = layer
+    if rows.dtype not in native_library.DTYPES or weight.dtype == torch.float64 or not weight.is_contiguous():
+        return False
+    return native_library.serves(len(lora_a), lora_a, lora_b, magnitude, *([] if bias is None else [bias]))
 
 
 def _gained(layer: DoRAArguments, gain: Tensor) -> Tensor:
     """``g ⊙ (W + s B A)``, in the dtype of W."""
-    if _is_native(layer.weight, layer):
-        return native.gained_weight(layer.weight.to(gain.dtype), layer.lora_a, layer.lora_b, layer.scale, gain)
     return updated_weight(layer.low_rank, layer.weight.dtype).mul_(gain[:, None])
 
 
@@ -215,17 +254,6 @@ def _formed(x: Tensor, layer: DoRAArguments) -> tuple[Tensor, Tensor]:
     norm = formed_norm(whole).clamp_min_(EPS)
     whole.mul_((layer.magnitude / norm)[:, None])
     return F.linear(x, whole, None if layer.bias is None else layer.bias.to(x.dtype)), norm
-
-
-def _expanded(x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """``y = g ⊙ (x Wᵀ + s h Bᵀ) + b`` and the norms n, in one native pass over y behind the product with W."""
-    weight, bias, lora_a, lora_b, magnitude, scale = layer
-    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    norm = row_norm(weight, lora_a, lora_b, scale).clamp_min_(EPS)
-    gain = magnitude / norm
-    if native.expand_columns(y, h, lora_b, scale / keep, gain, bias, LARGE_GAIN) and bias is not None:
-        _replace_large(y, gain, x, layer, h, keep)
-    return y, norm
 
 
 def _replace_large(y: Tensor, gain: Tensor, x: Tensor, layer: DoRAArguments, h: Tensor, keep: float) -> None:

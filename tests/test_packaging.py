@@ -84,10 +84,10 @@ def test_without_a_compiler_the_wheel_is_built_without_them(built: Path, tmp_pat
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "_native." in name]
         archive.extractall(tmp_path / "installed")
-    code = "from peftlite.kernels import native; print(native.instruction_set(), native.__file__)"
+    code = "from peftlite.kernels import native_library; print(native_library.instruction_set(), native_library.__file__)"
     kind, where = python(code, cwd=tmp_path / "installed").split()
     assert kind == "none"
-    assert Path(where) == tmp_path / "installed/peftlite/kernels/native.py"
+    assert Path(where) == tmp_path / "installed/peftlite/kernels/native_library.py"
 
 
 def test_the_sdist_holds_them_as_ordinary_files(built: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_sdist_holds_them_as_ordinary_files(built: Path) -> None:
         files = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     for name in modules():
         assert files[name].isfile(), name
-    assert {"pyproject.toml", "kernels/native.c", "kernels/native_passes.h"} <= files.keys()
+    assert {"pyproject.toml", "kernels/native.c", "kernels/native_passes.h", "kernels/native_dot.h"} <= files.keys()
 
 
 def test_the_wheel_works_where_the_repository_is_not(built: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_operations_and_parameters_are_those_of_the_candidate(report: StepReport
 def test_adapters_in_the_last_layer_spare_the_backward_pass_below(report: StepReport) -> None:
     last, every = report["lora, top 1"], report["lora"]
     assert last.trained * 4 == every.trained
-    assert last.operations["backward"] * 3 < every.operations["backward"]
+    assert last.operations["backward"] * 2 < every.operations["backward"]
     assert last.peak_mib < every.peak_mib
 
 

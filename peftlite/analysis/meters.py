@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from peftlite.kernels.native import NAMESPACE
+from peftlite.kernels.native_library import NAMESPACE
 
 _BACKENDS = ("CPU", "CUDA", "CompositeExplicitAutograd")
 # Operations that multiply matrices, by name: one of these without a formula would be a silent zero in the sum.
@@ -83,17 +83,20 @@ def _updated_weight_flop(w_shape: Any, a_shape: Any, *args: Any, **kwargs: Any) 
     return 2 * w_shape.numel() * a_shape[0]
 
 
-def _shrunk_columns_flop(dy_shape: Any, h_shape: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * dy_shape.numel() * h_shape[1]
+def _adapt_output_flop(y_shape: Any, x_shape: Any, *args: Any, **kwargs: Any) -> int:
+    rank = args[3][0]
+    shrinks, weight_shape = args[6] if len(args) > 6 else True, args[8] if len(args) > 8 else None
+    return 2 * rank * (y_shape.numel() + shrinks * x_shape.numel() + (weight_shape.numel() if weight_shape else 0))
 
 
-def _gained_columns_flop(dy_shape: Any, *args: Any, **kwargs: Any) -> int:
-    h_shape = args[8]
-    return 0 if h_shape is None else _shrunk_columns_flop(dy_shape, h_shape)
+def _output_gradients_flop(dy_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
+    u_shape, db_shape = args[3], args[5]
+    return 2 * dy_shape.numel() * b_shape[1] * ((u_shape is not None) + (db_shape is not None))
 
 
-def _updated_output_flop(y_shape: Any, h_shape: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * y_shape.numel() * h_shape[1]
+def _input_gradients_flop(dx_shape: Any, x_shape: Any, mask: Any, u_shape: Any, *args: Any, **kwargs: Any) -> int:
+    passes = [shape for shape in (dx_shape, x_shape) if shape is not None]
+    return 2 * u_shape[1] * sum(shape.numel() for shape in passes)
 
 
 def _attention_flop(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:
@@ -113,10 +116,9 @@ def _extra_formulas() -> dict[Any, Callable[..., int]]:
     aten, native = torch.ops.aten, getattr(torch.ops, NAMESPACE)
     return {
         native.row_norm: _updated_weight_flop,
-        native.gained_weight: _updated_weight_flop,
-        native.expand_columns: _updated_output_flop,
-        native.col_shrink: _shrunk_columns_flop,
-        native.gain_columns: _gained_columns_flop,
+        native.adapt_output: _adapt_output_flop,
+        native.output_gradients: _output_gradients_flop,
+        native.input_gradients: _input_gradients_flop,
         aten.addmm_: _added_matmul_flop,
         aten.baddbmm_: _added_matmul_flop,
         aten.addmv: _added_matmul_flop,

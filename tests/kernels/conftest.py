@@ -3,8 +3,11 @@ import math
 
 import pytest
 import torch
+from native_cases import SETS, WIDEST
 
-from peftlite.kernels import native, row_norm
+from peftlite.kernels import native_library, row_norm
+
+NOT_NATIVE = "built without the native passes: no C compiler when the package was installed"
 
 
 def poison(tensor):
@@ -40,12 +43,35 @@ def one_thread():
 def passes(request, monkeypatch):
     """DoRA's passes on ATen calls, where every weight counts as large, then as small; and those in C."""
     if request.param == "native":
-        if native.library() is None:
-            pytest.skip("built without the native passes: no C compiler when the package was installed")
+        if native_library.library() is None:
+            pytest.skip(NOT_NATIVE)
     else:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native_library, "library", lambda: None)
         monkeypatch.setattr(row_norm, "SMALL", 0 if request.param == "large" else row_norm.SMALL)
     return request.param
+
+
+@pytest.fixture(params=range(WIDEST + 1), ids=["plain", "avx2", "avx512", "dots"])
+def instruction_set(request):
+    """Every set that the native passes are compiled for in turn, as far as the machine has it."""
+    if native_library.library() is None:
+        pytest.skip(NOT_NATIVE)
+    choose = native_library.library().peftlite_instruction_set
+    if choose(request.param) != request.param:
+        choose(WIDEST)
+        pytest.skip(f"this processor lacks instruction set {request.param}")
+    SETS.append(request.param)
+    yield request.param
+    SETS.pop()
+    choose(WIDEST)
+
+
+@pytest.fixture
+def three_threads():
+    """Small matrices are shared out among threads as well: among more than the machine has."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from oracles import NAMES, make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftlite.kernels import dispatch, native
+from peftlite.kernels import dispatch, native_library
 from peftlite.kernels.dispatch import choose, compute_dtype, has_values
 from peftlite.kernels.dora_linear import dora_linear
 from peftlite.kernels.lora_linear import lora_linear
@@ -172,10 +172,10 @@ def test_both_passes_run_on_fake_tensors(dora):
     assert fake["lora_a"].grad.shape == tensors["lora_a"].shape
 
 
-@pytest.mark.skipif(native.library() is None, reason="built without the native passes: no C compiler when it was installed")
+@pytest.mark.skipif(native_library.library() is None, reason="built without the native passes: no C compiler")
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_the_environment_switches_the_native_passes_off(value):
-    code = "from peftlite.kernels import native; print(native.library() is None)"
+    code = "from peftlite.kernels import native_library; print(native_library.library() is None)"
     environment = os.environ | {"PEFTLITE_NATIVE": value}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(value == "0")

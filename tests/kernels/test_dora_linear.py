@@ -58,8 +58,8 @@ def test_every_choice_of_what_trains(needs, norm_grad):
     ],
 )
 def test_where_the_whole_weight_is_formed(rows, in_cache, forward, backward, bias, passes, monkeypatch):
-    """Forward where W is small or the rows are twice its features, and never natively; backward where the rows spare more
-    than W costs.
+    """Forward where W is small or the rows are twice its features; backward where the rows spare more than W costs; natively
+    never.
     """
     formed = []
     for name in ("_formed", "_gained"):
@@ -68,7 +68,7 @@ def test_where_the_whole_weight_is_formed(rows, in_cache, forward, backward, bia
     monkeypatch.setattr(weight_decomposed, "IN_CACHE", in_cache)
     case = make_case(rows, 40, 29, 4, dora=True, x=torch.float32, bias=bias)
     case.results("torch")
-    assert formed == ["_formed"] * (forward and passes != "native") + ["_gained"] * backward
+    assert formed == (["_formed"] * forward + ["_gained"] * backward) * (passes != "native")
     case.check()
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftlite.kernels import dropout, native
+from peftlite.kernels import dropout, native_library
 from peftlite.kernels.dropout import draw_keep_mask, drop_threshold, keep_probability, kept
 
 
@@ -60,7 +60,7 @@ def test_bits_are_read_in_their_order(bytes_, unused, dtype):
 def test_bits_are_the_decisions(count, seed):
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "library", lambda: None)
+        patch.setattr(native_library, "library", lambda: None)
         mask, _ = draw_keep_mask(torch.empty(count), 0.25)
     torch.manual_seed(seed)
     numbers = torch.empty(2 * len(mask), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)

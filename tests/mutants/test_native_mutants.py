@@ -9,21 +9,23 @@ from typing import NamedTuple
 
 import pytest
 
-from peftlite.kernels import native
+from peftlite.kernels import native_library
 
 ROOT = Path(__file__).resolve().parents[2]
+TESTS = ("tests/kernels/test_native.py", "tests/kernels/test_native_details.py")
 pytestmark = pytest.mark.skipif(
-    native.library() is None or not shutil.which("gcc"), reason="no C compiler, or built without the native passes"
+    native_library.library() is None or not shutil.which("gcc"), reason="no C compiler, or built without the native passes"
 )
 
 
 class Mutant(NamedTuple):
-    """One broken line: `old` stands in native_passes.h exactly once; `test` must notice."""
+    """One broken line: `old` stands in the file exactly once; `test` must notice."""
 
     name: str
     old: str
     new: str
     test: str
+    file: str = "native_passes.h"
 
 
 MUTANTS = (
@@ -31,22 +33,25 @@ MUTANTS = (
         "an unwritten tail",
         "else for (int k = 0; k < count; ++k) target[k] = value[k];",
         "else for (int k = 0; k < count - 1; ++k) target[k] = value[k];",
-        "row_norm_and_gained_weight",
+        "adapt_output",
     ),
-    Mutant("a missing scale", "p->scale * total[3 + q][c]", "total[3 + q][c]", "col_shrink"),
-    Mutant("a mask of eight bits", "if (count > 8) bits |=", "if (count > 16) bits |=", "masks_are_applied"),
+    Mutant("a lost remainder", "if (count) NAME(shrunk_step)", "if (count > 15) NAME(shrunk_step)", "adapt_output"),
+    Mutant("a missing scale", "p->scale * total[3 + q][c]", "total[3 + q][c]", "output_gradients", "native.c"),
+    Mutant("a mask of eight bits", "(first ? mask[2] : 0) << 16", "0", "input_gradients", "native.c"),
     Mutant("rounding to zero", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16", "rounding_to_bf16"),
-    Mutant("a wrong stride", "(i + k) * stride + q", "(i + k) * columns + q", "expand_columns"),
-    Mutant("a bias inside the gain", "(1.0f - gain) * NAME(load)", "(V){0} * NAME(load)", "expand_columns"),
+    Mutant("a wrong stride", "(i + k) * stride + q", "(i + k) * columns + q", "adapt_output"),
+    Mutant("a bias inside the gain", "(1.0f - gain) * NAME(load)", "(V){0} * NAME(load)", "adapt_output"),
+    Mutant("columns out of order", "k / 8 * 4 + k % 4 + k % 8 / 4 * 16", "k", "output_gradients", "native_dot.h"),
+    Mutant("a gain left out of u", "adapts ? gain : NULL, 1, rows", "NULL, 1, rows", "output_gradients", "native.c"),
 )
 
 
 def run(copy: Path, test: str) -> int:
     """Compile the copy's sources in a hurry and run one test of them; pytest's exit status."""
-    library = copy / "kernels" / Path(native.library()._name).name
+    library = copy / "kernels" / Path(native_library.library()._name).name
     command = ["gcc", "-O1", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", "-o", str(library), str(copy / "kernels/native.c")]
     subprocess.run([*command, "-lm"], check=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels/test_native.py", "-k", test]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", test]
     return subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True).returncode
 
 
@@ -63,10 +68,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mutant", [None, *MUTANTS], ids=lambda mutant: mutant.name if mutant else "as it is")
 def test_a_broken_line_is_noticed(copy: Path, mutant: Mutant | None) -> None:
-    file, source = copy / "kernels/native_passes.h", (ROOT / "kernels/native_passes.h").read_text()
     if mutant is None:
         assert run(copy, "not threads") == pytest.ExitCode.OK
         return
+    if mutant.file == "native_dot.h" and native_library.instruction_set() != native_library.INSTRUCTION_SETS[-1]:
+        pytest.skip("this processor has no dot products of bf16")
+    file, source = copy / "kernels" / mutant.file, (ROOT / "kernels" / mutant.file).read_text()
     assert source.count(mutant.old) == 1, f"{mutant.name}: write the mutant anew"
     try:
         file.write_text(source.replace(mutant.old, mutant.new))
