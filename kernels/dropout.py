@@ -70,12 +70,12 @@ def _(x: Tensor, drops: int) -> Tensor:
 
 def drop(x: Tensor, mask: Tensor) -> Tensor:
     """``x ⊙ mask``, not divided by anything, for a `mask` of `draw_keep_mask`."""
-    return native.mask(x, mask) if native_library.serves(0, x) else kept(mask, x.shape, x.dtype).mul_(x)
+    return native.mask(x, mask) if native_library.reads(x) else kept(mask, x.shape, x.dtype).mul_(x)
 
 
 def add_dropped(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """``x + y ⊙ mask`` in place of x."""
-    if native_library.serves(0, x, y) and x.dtype == y.dtype:
+    if native_library.reads(x, y) and x.dtype == y.dtype:
         native.add_masked(x, y, mask)
         return x
     return x.addcmul_(y, kept(mask, x.shape, x.dtype))

@@ -19,7 +19,7 @@ SAMPLE = 16  # rows of y, at most, that these means are taken over
 def is_readable(y: Tensor | Summed, dtype: torch.dtype) -> bool:
     """Whether the native passes can read y beside a gradient of this dtype."""
     tensors = (y,) if isinstance(y, Tensor) else (y.total, y.residual)
-    return native_library.serves(0, *tensors) and all(tensor.dtype == dtype for tensor in tensors)
+    return native_library.reads(*tensors) and all(tensor.dtype == dtype for tensor in tensors)
 
 
 def native_magnitude_gradient(

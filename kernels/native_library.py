@@ -62,19 +62,24 @@ def _shrink_pays(found: ctypes.CDLL | None, dtype: torch.dtype) -> int:
     return 32 if found.peftlite_instruction_set(3) == 3 else 8
 
 
-def serves(rank: int, *tensors: Tensor) -> bool:
-    """Whether the passes run over `tensors`, with factors of this `rank`."""
-    return rank <= MAX_RANK and library() is not None and all(map(_is_served, tensors))
+def reads(*tensors: Tensor) -> bool:
+    """Whether the passes run over the memory of `tensors`."""
+    return library() is not None and all(_is_plain(tensor) and tensor.is_contiguous() for tensor in tensors)
+
+
+def serves(rank: int, *factors: Tensor) -> bool:
+    """Whether the passes take `factors` of this `rank`, or magnitudes; of strided ones they are given copies."""
+    return rank <= MAX_RANK and library() is not None and all(map(_is_plain, factors))
 
 
 def shrink_pays(rows: Tensor, rank: int, *factors: Tensor) -> bool:
     """Whether the passes run over `rows` and products of them with `factors` of this `rank` in all, for less than ATen's."""
-    return 0 < rank <= _shrink_pays(library(), rows.dtype) and serves(rank, rows, *factors)
+    return 0 < rank <= _shrink_pays(library(), rows.dtype) and reads(rows) and serves(rank, *factors)
 
 
-def _is_served(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, Parameter) or isinstance(tensor, FakeTensor)  # a packed weight is no memory to read
-    return plain and tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()
+    return plain and tensor.device.type == "cpu" and tensor.dtype in DTYPES
 
 
 def call(name: str, *arguments: Any) -> int:

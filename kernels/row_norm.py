@@ -88,7 +88,7 @@ def row_norm(
         acc = accumulation_dtype(weight, lora_a, lora_b)
         a, b = lora_a.to(acc), lora_b.to(acc)
         if weight.is_contiguous() and native_library.serves(lora_a.shape[0], a, b):
-            if native_library.serves(0, weight):
+            if native_library.reads(weight):
                 return native.row_norm(weight, a, b, scale)
             # A packed weight of one block comes as it is, and a clone is dense.
             dense = ((rows, w if type(w) is Tensor else w.clone()) for rows, w in _blocks(weight, acc))

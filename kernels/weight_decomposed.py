@@ -203,7 +203,7 @@ def _native_forward(
     for layer, of in zip(layers, inside, strict=True):
         weight, bias, lora_a, lora_b, magnitude, scale = layer
         y = base_output(x, of)
-        reads = native_library.serves(0, weight)  # not where it is packed
+        reads = native_library.reads(weight)  # not where it is packed
         norm = y.new_empty(len(weight), dtype=torch.float32) if reads else row_norm(weight, lora_a, lora_b, scale)
         large = native.adapt_output(
             *(y, x, h, start, mask, lora_a, lora_b, scale / keep, shrinks, scale),
@@ -240,7 +240,7 @@ def _is_native(rows: Tensor, layer: DoRAArguments) -> bool:
     weight, bias, lora_a, lora_b, magnitude, _ = layer
     if rows.dtype not in native_library.DTYPES or weight.dtype == torch.float64 or not weight.is_contiguous():
         return False
-    return native_library.serves(len(lora_a), lora_a, lora_b, magnitude, *([] if bias is None else [bias]))
+    return native_library.serves(len(lora_a), lora_a, lora_b, magnitude) and (bias is None or native_library.reads(bias))
 
 
 def _gained(layer: DoRAArguments, gain: Tensor) -> Tensor:

@@ -146,9 +146,16 @@ def test_operations_are_registered_soundly():
 
 def test_what_is_served():
     w = torch.ones(3, 4)
-    assert native_library.serves(64, w, w.bfloat16(), torch.nn.Parameter(w))
-    for reason in (w.T, w.double(), w.half(), w.to("meta"), w[:, ::2]):
+    assert native_library.serves(64, w.T, w.bfloat16(), torch.nn.Parameter(w))
+    assert native_library.reads(w, w.bfloat16(), torch.nn.Parameter(w))
+    for reason in (w.double(), w.half(), w.to("meta")):
         assert not native_library.serves(8, w, reason)
+        assert not native_library.reads(w, reason)
     assert not native_library.serves(65, w)
+    for strided in (w.T, w[:, ::2]):
+        assert not native_library.reads(w, strided)
+        assert not native_library.shrink_pays(strided, 8, w)
+    assert native_library.shrink_pays(w, 8, w.T)
+    assert not native_library.shrink_pays(w, 0, w)
     with FakeTensorMode() as mode:
         assert native_library.serves(8, mode.from_tensor(w))
