@@ -138,24 +138,10 @@ def low_rank_backward(
         for k, (layer, need) in enumerate(zip(layers, needs, strict=True)):
             rank = layer.lora_a.shape[0]
             dy, db, has_u = output_gradient(k, u, start)
-            missing_db = need.lora_b and db is None
-            if shrinks and (missing_db or (u is not None and not has_u)):
-                dy = dy.contiguous()
-                if missing_db:
-                    db = h.new_empty(layer.lora_b.shape, dtype=torch.float32)
-                native.output_gradients(
-                    dy, layer.lora_b, layer.scale / keep, h, hs[k], None if has_u else u, start, db if missing_db else None
-                )
-            else:
-                if u is not None and not has_u:
-                    b = _scaled(layer, keep, dtype)
-                    # In fp32 a B that lies transposed takes a third of the time on CPU where the rank is small.
-                    torch.mm(dy, b.T.contiguous().T if dtype.itemsize >= 4 else b, out=u.narrow(1, start, rank))
-                if missing_db:  # in most shapes cheaper on CPU than dyᵀ h
-                    inner = h.narrow(1, hs[k], rank).T.contiguous()
-                    db = torch.empty_like(layer.lora_b, memory_format=torch.contiguous_format).copy_((inner @ dy).T)
-                    if layer.scale != keep:
-                        db.mul_(layer.scale / keep)
+            need_b, unwritten = need.lora_b and db is None, None if has_u else u
+            if need_b or unwritten is not None:
+                found = _output_gradients(dy, layer, keep, h, hs[k], unwritten, start, need_b, shrinks)
+                db = found if need_b else db
             if need_x:
                 weight = layer.weight.to(dtype) if updated is None else updated[k]()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
@@ -164,28 +150,62 @@ def low_rank_backward(
             del dy  # its memory may become that of the next
         das: Sequence[Tensor | None] = [None] * len(layers)
         if u is not None:
-            needs_a = any(need.lora_a for need in needs)
-            expanded = dx if updated is None else None
-            lora_as = [layer.lora_a for layer in layers]
-            if shrinks:
-                da = h.new_empty(u.shape[1], lora_as[0].shape[1], dtype=torch.float32) if needs_a else None
-                rows_of_x = x.contiguous() if needs_a and x is not None else None
-                native.input_gradients(expanded, rows_of_x, mask, u, lora_as, da)
-            else:
-                if expanded is not None:
-                    a = _stacked(lora_as, dtype)
-                    dx = expanded.addmm_(u, a) if mask is None else add_dropped(expanded, u @ a, mask)
-                if needs_a:
-                    assert x is not None
-                    # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
-                    da = u.T.contiguous() @ (x if mask is None else drop(x, mask))
-            if needs_a:
-                assert da is not None
-                das = by_rank(da, layers, 0)
+            read = x if any(need.lora_a for need in needs) else None
+            da = _input_gradients(dx if updated is None else None, read, mask, u, [layer.lora_a for layer in layers], shrinks)
+            das = das if da is None else by_rank(da, layers, 0)
         pairs = zip(das, dbs, layers, needs, strict=True)
         return dx, [
             (da.to(layer.lora_a.dtype) if da is not None and need.lora_a else None, db) for da, db, layer, need in pairs
         ]
+
+
+def _output_gradients(
+    dy: Tensor,
+    layer: LoRAArguments,
+    keep: float,
+    h: Tensor,
+    h_start: int,
+    u: Tensor | None,
+    u_start: int,
+    need_b: bool,
+    natively: bool,
+) -> Tensor | None:
+    """Write ``s dy B / keep`` into columns `u_start` .. of u, unless it is None; ``s dyᵀ h / keep (out, r)`` if needed."""
+    rank, scale = layer.lora_b.shape[1], layer.scale / keep
+    db = None
+    if natively:
+        db = h.new_empty(layer.lora_b.shape, dtype=torch.float32) if need_b else None
+        native.output_gradients(dy.contiguous(), layer.lora_b, scale, h, h_start, u, u_start, db)
+        return db
+    if u is not None:
+        b = _scaled(layer, keep, h.dtype)
+        # In fp32 a B that lies transposed takes a third of the time on CPU where the rank is small.
+        torch.mm(dy, b.T.contiguous().T if h.dtype.itemsize >= 4 else b, out=u.narrow(1, u_start, rank))
+    if need_b:  # in most shapes cheaper on CPU than dyᵀ h
+        inner = h.narrow(1, h_start, rank).T.contiguous()
+        db = torch.empty_like(layer.lora_b, memory_format=torch.contiguous_format).copy_((inner @ dy).T)
+        if scale != 1:
+            db.mul_(scale)
+    return db
+
+
+def _input_gradients(
+    dx: Tensor | None, x: Tensor | None, mask: Tensor | None, u: Tensor, lora_as: Sequence[Tensor], natively: bool
+) -> Tensor | None:
+    """Add ``(u A) ⊙ mask`` to dx, unless it is None; ``uᵀ (x ⊙ mask) (Σ r, in)`` unless x is None."""
+    if natively:
+        x = None if x is None else x.contiguous()
+        da = None if x is None else u.new_empty(u.shape[1], x.shape[1], dtype=torch.float32)
+        native.input_gradients(dx, x, mask, u, lora_as, da)
+        return da
+    if dx is not None and mask is None:
+        dx.addmm_(u, _stacked(lora_as, u.dtype))
+    elif dx is not None and mask is not None:
+        add_dropped(dx, u @ _stacked(lora_as, u.dtype), mask)
+    if x is None:
+        return None
+    # On CPU a product with few rows is up to twice as fast where their elements lie side by side.
+    return u.T.contiguous() @ (x if mask is None else drop(x, mask))
 
 
 def update_pays(rows: Tensor, features: int) -> bool:

@@ -139,7 +139,7 @@ def weight_decomposed_backward(
         formed = need_x and not natively and _can_be_formed(dys[0], layers, mask)
         formed = formed and all(_forming_pays(len(dys[0]), layer) for layer in layers)
         inside, updated = [layer.low_rank for layer in layers], None
-        shrinks = shrinks_natively(dys[0], inside)
+        shrinks = shrinks_natively(h, inside)
         dms: list[Tensor | None] = [None] * len(layers)
 
         @functools.cache
