@@ -55,12 +55,10 @@ def low_rank_forward(
         ys = []
         if shrinks_natively(x, layers):
             h = x.new_empty(len(x), sum(layer.lora_a.shape[0] for layer in layers))
-            start = 0
-            for layer in layers:
+            for layer, start in zip(layers, first_columns(layers), strict=True):
                 y = base_output(x, layer)
                 native.adapt_output(y, x, h, start, mask, layer.lora_a, layer.lora_b, layer.scale / keep)
                 ys.append(y)
-                start += layer.lora_a.shape[0]
             return ys, h
         h = shrunk_input(x, layers, mask)
         for layer, part in zip(layers, by_rank(h, layers, 1), strict=True):
@@ -134,9 +132,7 @@ def low_rank_backward(
         if (need_x and updated is None) or any(need.lora_a for need in needs):
             u = h.new_empty(len(h), sum(layer.lora_a.shape[0] for layer in layers))
         dbs: list[Tensor | None] = []
-        start = 0
-        for k, (layer, need) in enumerate(zip(layers, needs, strict=True)):
-            rank = layer.lora_a.shape[0]
+        for k, (layer, need, start) in enumerate(zip(layers, needs, first_columns(layers), strict=True)):
             dy, db, has_u = output_gradient(k, u, start)
             need_b, unwritten = need.lora_b and db is None, None if has_u else u
             if need_b or unwritten is not None:
@@ -146,7 +142,6 @@ def low_rank_backward(
                 weight = layer.weight.to(dtype) if updated is None else updated[k]()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             dbs.append(None if db is None or not need.lora_b else db.to(layer.lora_b.dtype))
-            start += rank
             del dy  # its memory may become that of the next
         das: Sequence[Tensor | None] = [None] * len(layers)
         if u is not None:

@@ -91,7 +91,19 @@ INLINE uint16_t narrowed(float value) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-#define SHRUNK_ROWS 2 /* as many as the sums of 8 columns each find registers for */
+/* Columns start .. of factors `(rank, count)`, or `(count, rank)` where they are `transposed`, times `scale`, and gain unless that is
+   NULL: a tile `(rank, 32)`. */
+INLINE void pack_tile(float *tile, const float *factors, float scale, const float *gain, int64_t start, int64_t count, int64_t rank,
+                      int transposed) {
+    const int64_t width = start + 32 < count ? 32 : count - start;
+    for (int64_t k = 0; transposed && k < width; ++k)
+        for (int64_t q = 0; q < rank; ++q) tile[32 * q + k] = scale * factors[(start + k) * rank + q];
+    for (int64_t q = 0; q < rank; ++q) {
+        for (int64_t k = 0; !transposed && k < width; ++k) tile[32 * q + k] = scale * factors[q * count + start + k];
+        for (int64_t k = 0; gain && k < width; ++k) tile[32 * q + k] *= gain[start + k];
+    }
+}
+
 /* Bits `at` .. of a mask, one for each of `count` elements. */
 INLINE uint64_t bits_of(const uint8_t *mask, int64_t at, int count) {
     uint64_t bits = 0;
@@ -118,6 +130,7 @@ INLINE void column_put(const Columns *p, int64_t first, int64_t width, float (*t
             p->shrunk[p->transposed ? q * p->columns + first + c : (first + c) * p->rank + q] = p->scale * total[3 + q][c];
 }
 
+#define SHRUNK_ROWS 2 /* as many as the sums of 8 columns each find registers for */
 #define NAME(x) x##_any
 #include "native_passes.h"
 #undef NAME
@@ -193,6 +206,7 @@ int peftlite_instruction_set(int set) {
 #else
 #define BEST(pass) pass##_any
 #endif
+
 /* Whether the low-rank products of these tensors are those of native_dot.h. */
 static int by_dots(int bf16) { return bf16 && peftlite_instruction_set(widest) == 3; }
 
@@ -221,18 +235,11 @@ static void share(Range *range, const void *pass, int64_t count, int64_t grain, 
    other out of the cache. NULL without memory. */
 static void *tiles_for(int64_t count, int64_t rank) { return calloc(32 * ((count + 31) / 32 * rank + 1), sizeof(float)); }
 
-/* Write factors `(rank, count)`, or `(count, rank)` where they are `transposed`, times `scale`, and gain unless that is NULL, into
-   rows `first` .. of tiles with `whole` rows. */
+/* Every tile of some factors, as `pack_tile` writes them, into rows `first` .. of tiles with `whole` rows. */
 static void pack(float *tiles, int64_t whole, int64_t first, const float *factors, float scale, const float *gain, int64_t count,
                  int64_t rank, int transposed) {
     for (int64_t start = 0; start < count; start += 32)
-        for (int64_t q = 0; q < rank; ++q) {
-            float *const tile = tiles + start * whole + 32 * (first + q);
-            for (int64_t k = 0; k < 32 && start + k < count; ++k) {
-                tile[k] = scale * factors[transposed ? (start + k) * rank + q : q * count + start + k];
-                if (gain) tile[k] *= gain[start + k];
-            }
-        }
+        pack_tile(tiles + start * whole + 32 * first, factors, scale, gain, start, count, rank, transposed);
 }
 
 /* ``h = (x mask) (g F)ᵀ``; `pass` lacks its factors. -1 without memory. */

@@ -34,18 +34,6 @@ INLINE void half_store(void *memory, int64_t at, __mmask16 lanes, __m256i halves
     _mm256_mask_storeu_epi16((uint16_t *)memory + at, lanes, halves);
 }
 
-/* Rows start .. of factors for 32 columns, `(rank, 32)`, times `scale` and gain unless that is NULL. */
-INLINE void pack_tile(float *tile, const float *factors, float scale, const float *gain, int64_t start, int64_t count, int64_t rank,
-                      int transposed) {
-    const int64_t width = start + 32 < count ? 32 : count - start;
-    for (int64_t k = 0; transposed && k < width; ++k)
-        for (int64_t q = 0; q < rank; ++q) tile[32 * q + k] = scale * factors[(start + k) * rank + q];
-    for (int64_t q = 0; q < rank; ++q) {
-        for (int64_t k = 0; !transposed && k < width; ++k) tile[32 * q + k] = scale * factors[q * count + start + k];
-        for (int64_t k = 0; gain && k < width; ++k) tile[32 * q + k] *= gain[start + k];
-    }
-}
-
 /* Rows of factors in bf16, every 32 columns together. */
 static void pack_rows(uint16_t *tiles, const float *factors, float scale, const float *gain, int64_t count, int64_t rank,
                       int transposed) {

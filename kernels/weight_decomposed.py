@@ -21,6 +21,7 @@ from peftlite.kernels.low_rank import (
     OutputGradient,
     base_output,
     by_rank,
+    first_columns,
     low_rank_backward,
     low_rank_forward,
     shrinks_natively,
@@ -199,8 +200,8 @@ def _native_forward(
     inside = [layer.low_rank for layer in layers]
     shrinks = shrinks_natively(x, inside)
     h = x.new_empty(len(x), sum(len(a) for _, _, a, *_ in layers)) if shrinks else shrunk_input(x, inside, mask)
-    ys, norms, start = [], [], 0
-    for layer, of in zip(layers, inside, strict=True):
+    ys, norms = [], []
+    for layer, of, start in zip(layers, inside, first_columns(inside), strict=True):
         weight, bias, lora_a, lora_b, magnitude, scale = layer
         y = base_output(x, of)
         reads = native_library.reads(weight)  # not where it is packed
@@ -213,7 +214,6 @@ def _native_forward(
             _replace_large(y, magnitude / norm, x, layer, h.narrow(1, start, len(lora_a)), keep)
         ys.append(y)
         norms.append(norm)
-        start += len(lora_a)
     return ys, h, norms
 
 
