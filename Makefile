@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 TIMES := $(VENV)/stage-times
 # Without --no-compile pip would compile every module of every package, of which few are ever imported.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
-NATIVE := kernels/native.c kernels/native_passes.h kernels/native_dot.h
+NATIVE := kernels/native.c kernels/native_passes.h kernels/native_dot.h kernels/native_product.h
 EXAMPLE := examples.minbert_multitask
 # Where `make bench-full` finds the data of the three tasks; fetched if they are not there
 DATA ?= runs/data

@@ -6,7 +6,7 @@ One layer is the simplest case. Derivations and measured choices are in ``kernel
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from peftlite.kernels import native, native_library
 from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.dropout import add_dropped, drop
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 UPDATE_PAYS = 2  # rows for each feature that W is read along: from here on W + s B A is cheaper than the low-rank branch
 
 
@@ -36,11 +37,23 @@ class OutputGradient(NamedTuple):
         dy: ``(M, out)``.
         db: the gradient of lora_b, or None if it is still to be computed from `dy`.
         has_u: whether ``u = s dy B / keep`` is written.
+        magnitude: m ``(out,)`` where `dy` still lacks the gain ``m / n``, which the product with W then gives it; it must be
+            one that runs in C.
+        norm: n ``(out,)``, with a magnitude.
     """
 
     dy: Tensor
     db: Tensor | None = None
     has_u: bool = False
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
+
+
+class Native(NamedTuple):
+    """Which products of a pass run in C."""
+
+    shrinks: bool  # those with the factors
+    multiplies: bool  # those with W, if the others do
 
 
 def low_rank_forward(
@@ -53,11 +66,14 @@ def low_rank_forward(
     """
     with without_autocast(x.device):
         ys = []
-        if shrinks_natively(x, layers):
+        shrinks, multiplies = native_products(x, layers)
+        if shrinks:
             h = x.new_empty(len(x), sum(layer.lora_a.shape[0] for layer in layers))
             for layer, start in zip(layers, first_columns(layers), strict=True):
-                y = base_output(x, layer)
-                native.adapt_output(y, x, h, start, mask, layer.lora_a, layer.lora_b, layer.scale / keep)
+                y, unfinished = begun_output(x, layer, multiplies)
+                base = (readable(layer.weight, x.dtype), readable(layer.bias, x.dtype)) if unfinished else ()
+                low_rank = (mask, layer.lora_a, layer.lora_b, layer.scale / keep)
+                native.adapt_output(y, x, h, start, *low_rank, True, unfinished, *base)
                 ys.append(y)
             return ys, h
         h = shrunk_input(x, layers, mask)
@@ -75,16 +91,34 @@ def base_output(x: Tensor, layer: LoRAArguments) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
+def begun_output(x: Tensor, layer: LoRAArguments, multiplies: bool) -> tuple[Tensor, bool]:
+    """``x Wᵀ + b``, or memory for it and that it is still to be multiplied in C.
+
+    Where B is zero ATen multiplies, so that a layer at birth has the very bits of its base.
+    """
+    if multiplies and not native.is_zero(layer.lora_b):
+        return x.new_empty(x.shape[0], layer.weight.shape[0]), True
+    return base_output(x, layer), False
+
+
+def readable(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """A weight or bias as C can read it: as it is, or a dense copy in `dtype`."""
+    if tensor is None or native_library.reads(tensor):
+        return tensor
+    return tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+
+
 def shrunk_input(x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None) -> Tensor:
     """``h = (x ⊙ mask) Aᵀ`` of each layer, side by side, ``(M, Σ r)``."""
     dropped = x if mask is None else drop(x, mask)
     return F.linear(dropped, _stacked([layer.lora_a for layer in layers], x.dtype))
 
 
-def shrinks_natively(rows: Tensor, layers: Sequence[LoRAArguments]) -> bool:
-    """Whether products of tensors with the dtype of `rows` (x, dy) with the factors of `layers` run in C."""
+def native_products(rows: Tensor, layers: Sequence[LoRAArguments]) -> Native:
+    """Which products of tensors with the dtype and the rows of `rows` (x, dy, h) run in C."""
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
-    return native_library.shrink_pays(rows, sum(layer.lora_a.shape[0] for layer in layers), *factors)
+    shrinks = native_library.shrink_pays(rows, sum(layer.lora_a.shape[0] for layer in layers), *factors)
+    return Native(shrinks, shrinks and native_library.multiply_pays(rows, [layer.weight for layer in layers]))
 
 
 class Needs(NamedTuple):
@@ -123,7 +157,7 @@ def low_rank_backward(
     """
     dtype = h.dtype
     with without_autocast(h.device):
-        shrinks = shrinks_natively(h, layers)
+        shrinks, multiplies = native_products(h, layers)
         outs = sum(layer.weight.shape[0] for layer in layers)
         if need_x and updated is None and mask is None and not shrinks and update_pays(h, outs):
             updated = [functools.partial(updated_weight, layer, dtype) for layer in layers]
@@ -132,21 +166,27 @@ def low_rank_backward(
         if (need_x and updated is None) or any(need.lora_a for need in needs):
             u = h.new_empty(len(h), sum(layer.lora_a.shape[0] for layer in layers))
         dbs: list[Tensor | None] = []
+        terms: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []  # of a dx that is multiplied in C
         for k, (layer, need, start) in enumerate(zip(layers, needs, first_columns(layers), strict=True)):
-            dy, db, has_u = output_gradient(k, u, start)
+            dy, db, has_u, magnitude, norm = output_gradient(k, u, start)
             need_b, unwritten = need.lora_b and db is None, None if has_u else u
             if need_b or unwritten is not None:
                 found = _output_gradients(dy, layer, keep, h, hs[k], unwritten, start, need_b, shrinks)
                 db = found if need_b else db
-            if need_x:
+            if need_x and multiplies:
+                terms.append((dy.contiguous(), readable(layer.weight, dtype), magnitude, norm))
+            elif need_x:
                 weight = layer.weight.to(dtype) if updated is None else updated[k]()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             dbs.append(None if db is None or not need.lora_b else db.to(layer.lora_b.dtype))
             del dy  # its memory may become that of the next
+        if terms:
+            dx = h.new_empty(len(h), layers[0].weight.shape[1])
         das: Sequence[Tensor | None] = [None] * len(layers)
         if u is not None:
             read = x if any(need.lora_a for need in needs) else None
-            da = _input_gradients(dx if updated is None else None, read, mask, u, [layer.lora_a for layer in layers], shrinks)
+            to_add = dx if updated is None else None
+            da = _input_gradients(to_add, read, mask, u, [layer.lora_a for layer in layers], shrinks, terms)
             das = das if da is None else by_rank(da, layers, 0)
         pairs = zip(das, dbs, layers, needs, strict=True)
         return dx, [
@@ -185,13 +225,22 @@ def _output_gradients(
 
 
 def _input_gradients(
-    dx: Tensor | None, x: Tensor | None, mask: Tensor | None, u: Tensor, lora_as: Sequence[Tensor], natively: bool
+    dx: Tensor | None,
+    x: Tensor | None,
+    mask: Tensor | None,
+    u: Tensor,
+    lora_as: Sequence[Tensor],
+    natively: bool,
+    terms: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]],
 ) -> Tensor | None:
-    """Add ``(u A) ⊙ mask`` to dx, unless it is None; ``uᵀ (x ⊙ mask) (Σ r, in)`` unless x is None."""
+    """Add ``(u A) ⊙ mask`` to dx, unless it is None; ``uᵀ (x ⊙ mask) (Σ r, in)`` unless x is None.
+
+    With `terms`, the dy, W, m and n of each layer, dx is computed as a whole.
+    """
     if natively:
         x = None if x is None else x.contiguous()
         da = None if x is None else u.new_empty(u.shape[1], x.shape[1], dtype=torch.float32)
-        native.input_gradients(dx, x, mask, u, lora_as, da)
+        native.input_gradients(dx, x, mask, u, lora_as, da, *(zip(*terms, strict=True) if terms else ((),) * 4))
         return da
     if dx is not None and mask is None:
         dx.addmm_(u, _stacked(lora_as, u.dtype))

@@ -62,6 +62,27 @@ typedef struct {
 } Columns;
 
 typedef struct {
+    const void *x, *weight;
+    const float *magnitude, *norm; /* g = magnitude / norm for each row of weights that lie straight, or NULL */
+    int64_t inner;
+    int bf16; /* the weights; x is bf16 */
+} Term;
+
+/* Rows of ``Σ (x g) W`` or, transposed, ``Σ x Wᵀ``, over the terms; ``h F`` is added, masked, then they get a gain and a bias. */
+typedef struct {
+    const Term *terms;
+    void *y;
+    const void *h;
+    const uint8_t *mask;
+    const float *const *factors;
+    const int64_t *ranks;
+    const float *gain, *bias;
+    int64_t rows, columns, rank, stride, parts;
+    float scale;
+    int count, transposed; /* as many terms as factors, of `rank` in all */
+} Product;
+
+typedef struct {
     const void *x;
     const uint8_t *mask;
     void *out;
@@ -166,6 +187,7 @@ INLINE void column_put(const Columns *p, int64_t first, int64_t width, float (*t
 #endif
 #if defined(__clang__) || __GNUC__ >= 11
 #define BY_DOT_PRODUCTS
+#include <cpuid.h>
 #include <immintrin.h>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
@@ -174,6 +196,7 @@ INLINE void column_put(const Columns *p, int64_t first, int64_t width, float (*t
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 #include "native_dot.h"
+#include "native_product.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -216,7 +239,19 @@ static int by_dots(int bf16) { return bf16 && peftlite_instruction_set(widest) =
 #define columns_dot NULL
 #define pack_rows(...) (void)0
 #define pack_pairs(...) (void)0
+#define product(...) (void)0
+#define WIDE 64
 #endif
+
+/* Whether products with W belong here: AMX, which ATen has, is several times as fast. */
+int peftlite_multiplies(void) {
+#ifdef BY_DOT_PRODUCTS
+    unsigned a, b, c, d;
+    return by_dots(1) && !(__get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1);
+#else
+    return 0;
+#endif
+}
 
 /* Run `range` over [0, count), shared out among threads in runs of a multiple of `grain`. */
 static void share(Range *range, const void *pass, int64_t count, int64_t grain, int64_t elements, int threads) {
@@ -272,12 +307,41 @@ static int expand(Expanded pass, const float *const *factors, const int64_t *ran
     return 0;
 }
 
+/* Several runs of rows for each thread, so that all end at about the same time. -1 without memory. */
+static int multiply(Product pass, int threads) {
+    const int64_t panels = (pass.columns + WIDE - 1) / WIDE;
+    int64_t pairs = (pass.rank + 1) / 2;
+    for (int k = 0; k < pass.count; ++k) pairs += pass.terms[k].inner / 2;
+    pass.parts = (4 * threads + panels - 1) / panels;
+    if (pass.parts > pass.rows / 96) pass.parts = pass.rows / 96;
+    if (pass.parts < 1) pass.parts = 1;
+    const int64_t parts = pass.rows ? panels * pass.parts : 0;
+    if (2 * pairs * pass.columns < PARALLEL) threads = 1;
+    if (parts < threads) threads = (int)parts;
+    if (threads < 1) return 0;
+    const size_t size = pairs * WIDE;
+    uint32_t *const memory = aligned_alloc(64, threads * size * sizeof *memory);
+    if (!memory) return -1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; ++t) product(&pass, memory + t * size, parts * t / threads, parts * (t + 1) / threads);
+    free(memory);
+    return 0;
+}
+
 static const void *element(const void *memory, int64_t at, int bf16) { return (const char *)memory + at * (bf16 ? 2 : 4); }
 
 /* fp32 copies of bf16 parameters, or the parameters themselves. */
 static void widen(float *copy, const void *values, int bf16, int64_t count) {
     if (!bf16) memcpy(copy, values, count * sizeof(float));
     for (int64_t k = 0; bf16 && k < count; ++k) copy[k] = widened(((const uint16_t *)values)[k]);
+}
+
+/* Whether all values are zero; the first that is not ends the search. */
+int peftlite_is_zero(const float *values, int64_t count, int threads) {
+    (void)threads;
+    for (int64_t k = 0; k < count; ++k)
+        if (values[k] != 0) return 0;
+    return 1;
 }
 
 /* ``n = ‖W + s B A‖_row``. */
@@ -292,32 +356,41 @@ int peftlite_row_norm(const void *weight, int bf16, const float *a, const float 
     return 0;
 }
 
-/* Behind the product y = x Wᵀ + b. ``h = (x mask) Aᵀ`` if it `shrinks`, else h is given; then ``y += s h Bᵀ``, in place. With a
-   magnitude also ``n = max(‖W + s B A‖_row, EPS)``, unless there is no weight and n is given; then y becomes
-   ``g (y + s h Bᵀ) + (1 - g) b``, ``g = m / n``, and the result is 1 if a |g| exceeds `limit`. h is columns `start` .. of a
-   matrix whose rows lie `stride` elements apart. */
+/* Behind the product y = x Wᵀ + b, or with it where it `multiplies`; then y is bf16. ``h = (x mask) Aᵀ`` if it `shrinks`, else h is
+   given; then ``y += s h Bᵀ``. With a magnitude y becomes ``g (y + s h Bᵀ) + (1 - g) b``, ``g = m / n``, and the result is 1 if a
+   |g| exceeds `limit` so that b has cost digits; ``n = max(‖W + s B A‖_row, EPS)`` is computed if it `measures`, else given. h is columns `start` .. of a matrix whose rows lie `stride` elements apart. */
 int peftlite_adapt_output(void *y, const void *x, void *h, int bf16, const uint8_t *mask, const float *a, const float *b,
-                          float scale, float norm_scale, int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t start,
-                          int64_t stride, int shrinks, const void *weight, int bf16_weight, const void *bias, int bf16_bias,
-                          const float *magnitude, float *norm, float limit, int threads) {
+                          float scale, int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t start,
+                          int64_t stride, int shrinks, int multiplies, const void *weight, int bf16_weight, const void *bias,
+                          int bf16_bias, const float *magnitude, float *norm, float limit, int measures, float norm_scale,
+                          int threads) {
     const int adapts = magnitude != NULL;
     float *const memory = malloc((2 * out + 1) * sizeof(float)), *const gain = memory, *const shift = memory + out;
     int large = 0;
     h = (void *)element(h, start, bf16);
     const Shrunk inner = {x, mask, NULL, h, in, rank, stride, bf16};
     if (!memory || (shrinks && shrink(inner, a, 1, NULL, 0, rows, threads)) ||
-        (weight && peftlite_row_norm(weight, bf16_weight, a, b, norm_scale, out, in, rank, norm, threads))) {
+        (measures && peftlite_row_norm(weight, bf16_weight, a, b, norm_scale, out, in, rank, norm, threads))) {
         free(memory);
         return -1;
     }
     for (int64_t j = 0; adapts && j < out; ++j) {
         if (norm[j] < EPS) norm[j] = EPS;
         gain[j] = magnitude[j] / norm[j];
-        large |= !(fabsf(gain[j]) <= limit);
+        large |= !multiplies && !(fabsf(gain[j]) <= limit);
     }
-    if (adapts && bias) widen(shift, bias, bf16_bias, out);
-    const Expanded outer = {y, h, NULL, NULL, adapts ? gain : NULL, adapts && bias ? shift : NULL, out, rank, stride, bf16};
-    if (expand(outer, &b, &rank, 1, scale, 1, rows, threads)) large = -1;
+    if (bias) widen(shift, bias, bf16_bias, out);
+    const float *const used_gain = adapts ? gain : NULL;
+    if (multiplies) {
+        const Term term = {x, weight, NULL, NULL, in, bf16_weight};
+        const Product whole = {.terms = &term, .y = y, .h = h, .factors = &b, .ranks = &rank, .gain = used_gain,
+                               .bias = bias ? shift : NULL, .rows = rows, .columns = out, .rank = rank, .stride = stride,
+                               .scale = scale, .count = 1, .transposed = 1};
+        large = multiply(whole, threads);
+    } else {
+        const Expanded outer = {y, h, NULL, NULL, used_gain, adapts && bias ? shift : NULL, out, rank, stride, bf16};
+        if (expand(outer, &b, &rank, 1, scale, 1, rows, threads)) large = -1;
+    }
     free(memory);
     return large;
 }
@@ -360,10 +433,10 @@ int64_t peftlite_output_gradients(const void *dy, int bf16, const float *b, floa
     return found;
 }
 
-/* Behind the product dx = Σ D W: ``dx += (u A) mask`` and ``da = uᵀ (x mask)`` where they have an address, for the A of `count`
-   layers one below the other. */
+/* Behind the product dx = Σ D W, or with it where there are `terms`; then dx is bf16. ``dx += (u A) mask`` and
+   ``da = uᵀ (x mask)`` where they have an address, for the A of `count` layers one below the other. */
 int peftlite_input_gradients(void *dx, const void *x, int bf16, const uint8_t *mask, const void *u, const float *const *as,
-                             const int64_t *ranks, int count, int64_t rows, int64_t in, float *da, int threads) {
+                             const int64_t *ranks, int count, int64_t rows, int64_t in, float *da, const Term *terms, int threads) {
     int64_t rank = 0;
     for (int k = 0; k < count; ++k) rank += ranks[k];
     if (da) {
@@ -371,8 +444,14 @@ int peftlite_input_gradients(void *dx, const void *x, int bf16, const uint8_t *m
                               .stride = rank, .scale = 1, .transposed = 1, .bf16 = bf16};
         share(by_dots(bf16) ? columns_dot : BEST(columns), &pass, in, 32, rows * in, threads);
     }
+    if (!dx) return 0;
+    if (terms) {
+        const Product whole = {.terms = terms, .y = dx, .h = u, .mask = mask, .factors = as, .ranks = ranks, .rows = rows,
+                               .columns = in, .rank = rank, .stride = rank, .scale = 1, .count = count};
+        return multiply(whole, threads);
+    }
     const Expanded outer = {dx, u, mask, NULL, NULL, NULL, in, rank, rank, bf16};
-    return dx ? expand(outer, as, ranks, count, 1, 0, rows, threads) : 0;
+    return expand(outer, as, ranks, count, 1, 0, rows, threads);
 }
 
 /* ``x mask`` into `out`, or added to it; bit k of byte j of the mask is for element 8 j + k. */

@@ -23,6 +23,11 @@ def _parameter(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
 
 
+def is_zero(factor: Tensor) -> bool:
+    """Whether a factor is zero, as B is at birth."""
+    return has_values(factor) and call("is_zero", at(values := _parameter(factor)), values.numel()) > 0
+
+
 @operation("row_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
 def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """``‖W + s B A‖_row``, ``(out,)``, fp32, for W ``(out, in)``, A ``(r, in)`` and B ``(out, r)``: one reading of W."""
@@ -35,8 +40,8 @@ def row_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Te
 
 @operation(
     "adapt_output(Tensor(a!) y, Tensor x, Tensor(b!) h, int start, Tensor? mask, Tensor lora_a, Tensor lora_b, float scale, "
-    "bool shrinks=True, float norm_scale=0., Tensor? weight=None, Tensor? bias=None, Tensor? magnitude=None, "
-    "Tensor(c!)? norm=None, float limit=0.) -> bool"
+    "bool shrinks=True, bool multiplies=False, Tensor? weight=None, Tensor? bias=None, Tensor? magnitude=None, "
+    "Tensor(c!)? norm=None, float limit=0., float? norm_scale=None) -> bool"
 )
 def adapt_output(
     y: Tensor,
@@ -48,12 +53,13 @@ def adapt_output(
     lora_b: Tensor,
     scale: float,
     shrinks: bool = True,
-    norm_scale: float = 0.0,
+    multiplies: bool = False,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     magnitude: Tensor | None = None,
     norm: Tensor | None = None,
     limit: float = 0.0,
+    norm_scale: float | None = None,
 ) -> bool:
     """Turn ``y = x Wᵀ + b`` into LoRA's ``y + s h Bᵀ`` or, with a magnitude, DoRA's ``g ⊙ (y + s h Bᵀ) + (1 - g) ⊙ b``.
 
@@ -67,24 +73,27 @@ def adapt_output(
         lora_b: ``B (out, r)``.
         scale: the factor s.
         shrinks: compute ``h = (x ⊙ mask) Aᵀ`` too.
-        norm_scale: the factor s of the norm, in which there is no dropout.
-        weight: ``W (out, in)``: compute ``n = max(‖W + s B A‖_row, EPS)`` too. Without it a `norm` is read.
-        bias: ``b (out,)``, which a gain leaves as it is, or None.
+        multiplies: compute ``x Wᵀ + b`` too, whatever y holds, where `native_library.multiply_pays`; nothing but the result is
+            rounded.
+        weight: ``W (out, in)``, to multiply or for the norm.
+        bias: ``b (out,)`` or None. A gain leaves it as it is.
         magnitude: ``m (out,)``, for a gain ``g = m / n``; None for LoRA.
         norm: ``n (out,)`` in fp32, with a magnitude.
         limit: see below.
+        norm_scale: compute ``n = max(‖W + s B A‖_row, EPS)`` too, whatever `norm` holds, with this factor s: the one without
+            dropout.
 
     Returns:
-        Whether a ``|g|`` exceeds `limit`.
+        Whether a ``|g|`` exceeds `limit` where the bias was inside y.
     """
     if not has_values(y):
         return False
     a, b, m = _parameter(lora_a), _parameter(lora_b), None if magnitude is None else _parameter(magnitude)
     (rows, features), (out, rank) = x.shape, b.shape
     sizes = (rows, features, out, rank, start, h.shape[1])
-    low_rank = (at(y), at(x), at(h), _is_half(y), at(mask), at(a), at(b), scale, norm_scale, *sizes, shrinks)
-    base = (at(weight), _is_half(weight), at(bias), _is_half(bias))
-    return call("adapt_output", *low_rank, *base, at(m), at(norm), limit) > 0
+    low_rank = (at(y), at(x), at(h), _is_half(y), at(mask), at(a), at(b), scale, *sizes, shrinks)
+    base = (multiplies, at(weight), _is_half(weight), at(bias), _is_half(bias))
+    return call("adapt_output", *low_rank, *base, at(m), at(norm), limit, norm_scale is not None, norm_scale or 0.0) > 0
 
 
 @operation(
@@ -151,9 +160,31 @@ def output_gradients(
     return call("output_gradients", *read, *low_rank, *gain)
 
 
-@operation("input_gradients(Tensor(a!)? dx, Tensor? x, Tensor? mask, Tensor u, Tensor[] lora_as, Tensor(b!)? da) -> ()")
+class _Term(ctypes.Structure):
+    """`Term` of native.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "magnitude", "norm")),
+        ("inner", ctypes.c_int64),
+        ("bf16", ctypes.c_int),
+    )
+
+
+@operation(
+    "input_gradients(Tensor(a!)? dx, Tensor? x, Tensor? mask, Tensor u, Tensor[] lora_as, Tensor(b!)? da, Tensor[] dys, "
+    "Tensor[] weights, Tensor?[] magnitudes, Tensor?[] norms) -> ()"
+)
 def input_gradients(
-    dx: Tensor | None, x: Tensor | None, mask: Tensor | None, u: Tensor, lora_as: Sequence[Tensor], da: Tensor | None
+    dx: Tensor | None,
+    x: Tensor | None,
+    mask: Tensor | None,
+    u: Tensor,
+    lora_as: Sequence[Tensor],
+    da: Tensor | None,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    magnitudes: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
 ) -> None:
     """What a backward pass has left to do behind ``dx = Σ D W``: ``dx += (u A) ⊙ mask`` and ``da = uᵀ (x ⊙ mask)``.
 
@@ -164,14 +195,24 @@ def input_gradients(
         u: ``(M, Σ r)``.
         lora_as: A ``(r, in)`` of each layer.
         da: ``(Σ r, in)`` in fp32, or None.
+        dys: dy ``(M, out)`` of each layer, to compute ``Σ dy W`` too, whatever dx holds, where `native_library.multiply_pays`;
+            nothing but the result is rounded. Empty like the next three where dx is given.
+        weights: W ``(out, in)`` of each layer, then.
+        magnitudes: m ``(out,)`` of each layer, then, or None: ``g ⊙ W``, rounded, takes the place of W, ``g = m / n``.
+        norms: n ``(out,)`` of each layer in fp32, where there is a magnitude.
     """
     if not has_values(u):
         return
     matrices = [_parameter(a) for a in lora_as]
+    gains = [None if m is None else _parameter(m) for m in magnitudes]
     addresses = (ctypes.c_void_p * len(matrices))(*(a.data_ptr() for a in matrices))
     ranks = (ctypes.c_int64 * len(matrices))(*(len(a) for a in matrices))
+    terms = (_Term * len(dys))()
+    for k, (dy, weight, m, norm) in enumerate(zip(dys, weights, gains, norms, strict=True)):
+        terms[k] = _Term(at(dy), at(weight), at(m), at(norm), len(weight), _is_half(weight))
     sizes = (len(matrices), u.shape[0], matrices[0].shape[1])
-    call("input_gradients", at(dx), at(x), _is_half(u), at(mask), at(u), addresses, ranks, *sizes, at(da))
+    low_rank = (at(dx), at(x), _is_half(u), at(mask), at(u), addresses, ranks, *sizes, at(da))
+    call("input_gradients", *low_rank, terms if dys else None)
 
 
 def _is_half(tensor: Tensor | None) -> bool:

@@ -5,7 +5,7 @@
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -23,9 +23,10 @@ INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX-512 with dot products of 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_float}
 _SIGNATURES = {  # what native.c declares: the result, and the arguments
     "row_norm": ("i", "pippflllpi"),
-    "adapt_output": ("i", "pppipppffllllllipipippfi"),
+    "adapt_output": ("i", "pppipppflllllliipipippfifi"),
     "output_gradients": ("l", "pipflllpllpllpppfpippfpppi"),
-    "input_gradients": ("i", "ppippppillpi"),
+    "input_gradients": ("i", "ppippppillppi"),
+    "is_zero": ("i", "pli"),
     "masked": ("i", "piplipi"),
     "drawn": ("i", "pluui"),
 }
@@ -75,6 +76,22 @@ def serves(rank: int, *factors: Tensor) -> bool:
 def shrink_pays(rows: Tensor, rank: int, *factors: Tensor) -> bool:
     """Whether the passes run over `rows` and products of them with `factors` of this `rank` in all, for less than ATen's."""
     return 0 < rank <= _shrink_pays(library(), rows.dtype) and reads(rows) and serves(rank, *factors)
+
+
+@cache
+def _multiplies(found: ctypes.CDLL | None) -> bool:
+    """Whether products with W are quicker in C than in ATen."""
+    return found is not None and bool(found.peftlite_multiplies())
+
+
+def multiply_pays(rows: Tensor, weights: Iterable[Tensor]) -> bool:
+    """Whether the passes multiply `rows` (x, dy) with `weights` ``(out, in)``, either way, for less than ATen does.
+
+    Dot products take two elements at a time, so that both sizes must be even.
+    """
+    if rows.dtype != torch.bfloat16 or not _multiplies(library()):
+        return False
+    return not any(weight.shape[0] % 2 or weight.shape[1] % 2 for weight in weights)
 
 
 def _is_plain(tensor: Tensor) -> bool:

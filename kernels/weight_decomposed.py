@@ -19,12 +19,13 @@ from peftlite.kernels.low_rank import (
     LoRAArguments,
     Needs,
     OutputGradient,
-    base_output,
+    begun_output,
     by_rank,
     first_columns,
     low_rank_backward,
     low_rank_forward,
-    shrinks_natively,
+    native_products,
+    readable,
     shrunk_input,
     update_pays,
     updated_weight,
@@ -140,7 +141,7 @@ def weight_decomposed_backward(
         formed = need_x and not natively and _can_be_formed(dys[0], layers, mask)
         formed = formed and all(_forming_pays(len(dys[0]), layer) for layer in layers)
         inside, updated = [layer.low_rank for layer in layers], None
-        shrinks = shrinks_natively(h, inside)
+        shrinks, multiplies = native_products(h, inside)
         dms: list[Tensor | None] = [None] * len(layers)
 
         @functools.cache
@@ -162,17 +163,18 @@ def weight_decomposed_backward(
                 db = dy.new_empty(layer.lora_b.shape, dtype=torch.float32) if shrinks and need.lora_b else None
                 low_rank = (layer.lora_b, layer.scale / keep, h, hs[k], u if shrinks else None, start, db)
                 inner_grad, dm, lost = native_magnitude_gradient(
-                    dy, y, layer.bias, layer.magnitude, norms[k], *low_rank, scaled=need_x or not shrinks
+                    dy, y, layer.bias, layer.magnitude, norms[k], *low_rank, scaled=not shrinks or (need_x and not multiplies)
                 )
                 has_u = shrinks
+                lacks = (layer.magnitude, norms[k]) if multiplies else ()
             else:
                 inner_grad, dm, lost = magnitude_gradient(dy, y, layer.bias, layer.magnitude, gain(k), scaled=not formed)
-                db, has_u = None, False
+                db, has_u, lacks = None, False, ()
             if lost is not None:
                 inner = _inner_columns(lost, x, layer, h.narrow(1, hs[k], rank), keep)
                 dm[lost] = (inner.to(dm.dtype) * dy[:, lost]).sum(0) / norms[k][lost]
             dms[k] = dm
-            return OutputGradient(inner_grad, db, has_u)
+            return OutputGradient(inner_grad, db, has_u, *lacks)
 
         factors = [Needs(need.lora_a, need.lora_b) for need in needs]
         if formed:  # the gain goes to B and to W + s B A, and not to dy
@@ -196,19 +198,20 @@ def weight_decomposed_backward(
 def _native_forward(
     x: Tensor, layers: Sequence[DoRAArguments], mask: Tensor | None, keep: float
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """`weight_decomposed_forward` with one native pass over W and one over y behind each product."""
+    """`weight_decomposed_forward` with one native pass over W, and one behind each product or in it."""
     inside = [layer.low_rank for layer in layers]
-    shrinks = shrinks_natively(x, inside)
+    shrinks, multiplies = native_products(x, inside)
     h = x.new_empty(len(x), sum(len(a) for _, _, a, *_ in layers)) if shrinks else shrunk_input(x, inside, mask)
     ys, norms = [], []
     for layer, of, start in zip(layers, inside, first_columns(inside), strict=True):
         weight, bias, lora_a, lora_b, magnitude, scale = layer
-        y = base_output(x, of)
+        y, unfinished = begun_output(x, of, multiplies)
         reads = native_library.reads(weight)  # not where it is packed
         norm = y.new_empty(len(weight), dtype=torch.float32) if reads else row_norm(weight, lora_a, lora_b, scale)
         large = native.adapt_output(
-            *(y, x, h, start, mask, lora_a, lora_b, scale / keep, shrinks, scale),
-            *(weight if reads else None, bias, magnitude, norm, LARGE_GAIN),
+            *(y, x, h, start, mask, lora_a, lora_b, scale / keep, shrinks, unfinished),
+            *(readable(weight, x.dtype) if reads or unfinished else None, bias, magnitude, norm, LARGE_GAIN),
+            scale if reads else None,
         )
         if large and bias is not None:
             _replace_large(y, magnitude / norm, x, layer, h.narrow(1, start, len(lora_a)), keep)

@@ -83,10 +83,28 @@ def _updated_weight_flop(w_shape: Any, a_shape: Any, *args: Any, **kwargs: Any) 
     return 2 * w_shape.numel() * a_shape[0]
 
 
-def _adapt_output_flop(y_shape: Any, x_shape: Any, *args: Any, **kwargs: Any) -> int:
-    rank = args[3][0]
-    shrinks, weight_shape = args[6] if len(args) > 6 else True, args[8] if len(args) > 8 else None
-    return 2 * rank * (y_shape.numel() + shrinks * x_shape.numel() + (weight_shape.numel() if weight_shape else 0))
+def _adapt_output_flop(
+    y_shape: Any,
+    x_shape: Any,
+    h_shape: Any,
+    start: Any,
+    mask: Any,
+    a_shape: Any,
+    b_shape: Any,
+    scale: Any,
+    shrinks: bool = True,
+    multiplies: bool = False,
+    weight_shape: Any = None,
+    bias: Any = None,
+    magnitude: Any = None,
+    norm: Any = None,
+    limit: Any = None,
+    norm_scale: float | None = None,
+    **kwargs: Any,
+) -> int:
+    normed = 0 if norm_scale is None else weight_shape.numel()
+    low_rank = a_shape[0] * (y_shape.numel() + shrinks * x_shape.numel() + normed)
+    return 2 * (low_rank + (y_shape[0] * weight_shape.numel() if multiplies else 0))
 
 
 def _output_gradients_flop(dy_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
@@ -95,8 +113,9 @@ def _output_gradients_flop(dy_shape: Any, b_shape: Any, *args: Any, **kwargs: An
 
 
 def _input_gradients_flop(dx_shape: Any, x_shape: Any, mask: Any, u_shape: Any, *args: Any, **kwargs: Any) -> int:
-    passes = [shape for shape in (dx_shape, x_shape) if shape is not None]
-    return 2 * u_shape[1] * sum(shape.numel() for shape in passes)
+    _, _, _, weights, *_ = args
+    low_rank = u_shape[1] * sum(shape.numel() for shape in (dx_shape, x_shape) if shape is not None)
+    return 2 * (low_rank + u_shape[0] * sum(shape.numel() for shape in weights))
 
 
 def _attention_flop(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, **kwargs: Any) -> int:

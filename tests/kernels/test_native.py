@@ -54,7 +54,7 @@ def test_adapt_output(rows, inner, out, rank, dtype, scale, norm_is, data):
         g, shift = torch.ones(out).double(), torch.zeros(out).double()
     else:
         limit = (magnitude.double() / n).abs().median().item() * 1.0001
-        large = native.adapt_output(y, *given_h, 0.5, w if norm_is == "read" else None, bias, magnitude, norm, limit)
+        large = native.adapt_output(y, *given_h, False, w, bias, magnitude, norm, limit, 0.5 if norm_is == "read" else None)
         assert large == bool((magnitude / norm).abs().max() > limit)
         assert_close(norm, n, w.double().norm(dim=1) + 0.5 * (b.double().abs() @ a.double().abs()).norm(dim=1))
         g, shift = magnitude.double() / norm.double(), torch.zeros(out).double() if bias is None else bias.double()
@@ -147,7 +147,7 @@ def test_input_gradients(rows, inner, ranks, dtype, dropped, with_dx, with_da):
     lora_as = [draw(rank, inner, seed=3 + k) for k, rank in enumerate(ranks)]
     bits, stays = draw_mask(rows, inner) if dropped and rows else (None, 1.0)
     da = torch.full((sum(ranks), inner), math.nan) if with_da else None
-    native.input_gradients(dx if with_dx else None, x if with_da else None, bits, u, lora_as, da)
+    native.input_gradients(dx if with_dx else None, x if with_da else None, bits, u, lora_as, da, [], [], [], [])
     if with_dx:
         a = multiplied(torch.cat(lora_as), dtype)
         terms = kept.abs() + u.double().abs() @ a.abs()

@@ -74,10 +74,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
             y, dx, scaled = y[:, :301].contiguous(), x.clone(), torch.empty_like(dy)
             norm, dm, lost, u = vector.clone(), torch.empty(301), torch.empty(301, dtype=torch.bool), h.clone()
             db, da = torch.empty_like(b), torch.empty_like(a)
-            native.adapt_output(y, x, h, 0, mask, a, b, 2.0, True, 2.0, w, vector, vector, norm, 2.0)
+            native.adapt_output(y, x, h, 0, mask, a, b, 2.0, True, False, w, vector, vector, norm, 2.0, 2.0)
             gained = (y, None, 1.0, vector, vector, norm, 4.0, scaled, dm, lost)
             native.output_gradients(dy, b, 2.0, h, 0, u, 0, db, *gained)
-            native.input_gradients(dx, x, mask, u, [a], da)
+            native.input_gradients(dx, x, mask, u, [a], da, [], [], [], [])
             results += [y, h, norm, u, db, scaled, dm, dx, da]
         torch.manual_seed(0)
         return [*results, native.row_norm(w, a, b, 2.0), native.draw_bits(torch.empty(1 << 18), 1000)]
@@ -133,10 +133,10 @@ def test_operations_are_registered_soundly():
     for operation, arguments in (
         ("row_norm", (w, a, b, 0.5)),
         ("adapt_output", (y, x, h, 0, bits, a, b, 0.5)),
-        ("adapt_output", (y, x, h, 0, bits, a, b, 0.5, False, 0.5, w, vector, vector.clone(), vector.clone(), 2.0)),
+        ("adapt_output", (y, x, h, 0, bits, a, b, 0.5, False, False, w, vector, vector.clone(), vector.clone(), 2.0, 0.5)),
         ("output_gradients", (y, b, 2.0, h, 0, h.clone(), 0, b.clone())),
         ("output_gradients", (y, b, 2.0, h, 0, h.clone(), 0, b.clone(), *gained)),
-        ("input_gradients", (x, x.clone(), bits, h, [a], a.clone())),
+        ("input_gradients", (x, x.clone(), bits, h, [a], a.clone(), [], [], [], [])),
         ("mask", (y, bits)),
         ("add_masked", (y, y.clone(), bits)),
     ):

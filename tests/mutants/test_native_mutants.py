@@ -12,7 +12,8 @@ import pytest
 from peftlite.kernels import native_library
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/kernels/test_native.py", "tests/kernels/test_native_details.py")
+TESTS = tuple(f"tests/kernels/test_native{part}.py" for part in ("", "_details", "_product"))
+PRODUCT = "native_product.h"
 pytestmark = pytest.mark.skipif(
     native_library.library() is None or not shutil.which("gcc"), reason="no C compiler, or built without the native passes"
 )
@@ -42,6 +43,12 @@ MUTANTS = (
     Mutant("a wrong stride", "(i + k) * stride + q", "(i + k) * columns + q", "adapt_output"),
     Mutant("a bias inside the gain", "(1.0f - gain) * NAME(load)", "(V){0} * NAME(load)", "adapt_output"),
     Mutant("columns out of order", "k / 8 * 4 + k % 4 + k % 8 / 4 * 16", "k", "output_gradients", "native_dot.h"),
+    Mutant("an unwritten column", "half_lanes(p->columns - c);", "half_lanes(p->columns - c - 1);", "output", PRODUCT),
+    Mutant("a rank left out", "(p->rank + 1) / 2, panel);", "p->rank / 2, panel);", "output", PRODUCT),
+    Mutant("rows left over", "if (i < stop) product_rest", "if (i > stop) product_rest", "output", PRODUCT),
+    Mutant("the panel of other columns", "if (at == first || !part)", "if (at == first)", "bit", PRODUCT),
+    Mutant("the gain of another row", "t->magnitude[i + 1] / t->norm[i + 1]", "low", "input_gradients", PRODUCT),
+    Mutant("dropout forgotten", "sums[r][k] = kept[r][k];", "sums[r][k] += 0 * kept[r][k];", "input_gradients", PRODUCT),
     Mutant("a gain left out of u", "adapts ? gain : NULL, 1, rows", "NULL, 1, rows", "output_gradients", "native.c"),
 )
 
@@ -71,7 +78,7 @@ def test_a_broken_line_is_noticed(copy: Path, mutant: Mutant | None) -> None:
     if mutant is None:
         assert run(copy, "not threads") == pytest.ExitCode.OK
         return
-    if mutant.file == "native_dot.h" and native_library.instruction_set() != native_library.INSTRUCTION_SETS[-1]:
+    if mutant.file in ("native_dot.h", PRODUCT) and native_library.instruction_set() != native_library.INSTRUCTION_SETS[-1]:
         pytest.skip("this processor has no dot products of bf16")
     file, source = copy / "kernels" / mutant.file, (ROOT / "kernels" / mutant.file).read_text()
     assert source.count(mutant.old) == 1, f"{mutant.name}: write the mutant anew"
