@@ -44,6 +44,7 @@ def contests(names: Sequence[str], autocast: bool) -> list[Contest]:
         found.append(Contest(f"ours {LABELS[method]} / full", tuple(candidates), (BASELINE,)))
         if autocast:
             found.append(Contest(f"ours {LABELS[method]} / full fp32", tuple(candidates), (f"{BASELINE}@fp32",)))
+            found.append(Contest(f"ours {LABELS[method]} / full fp32 with embeddings", tuple(candidates), ("full@fp32",)))
         found.append(Contest(f"grouped {LABELS[method]} / one by one", (f"{method}-grouped",), (method,)))
     found.append(Contest("DoRA one by one / LoRA one by one", ("dora",), ("lora",)))
     if autocast:

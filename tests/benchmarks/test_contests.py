@@ -64,7 +64,8 @@ def test_all_contests_of_a_full_cell():
     fp32 = [contest.title for contest in contests(default_candidates("off"), autocast=False)]
     more = [title for title in titles if title not in fp32]
     mixed = ["peft mixed-precision LoRA / ours", "peft mixed-precision DoRA / ours"]
-    assert more == [*mixed, "ours LoRA / full fp32", "ours DoRA / full fp32", "full / full fp32"]
+    beside_full = [f"ours {method} / full fp32{rest}" for method in ("LoRA", "DoRA") for rest in ("", " with embeddings")]
+    assert more == [*mixed, *beside_full, "full / full fp32"]
     sides = {contest.title: contest.over for contest in contests(default_candidates("bf16"), autocast=True)}
     assert set(sides["peft DoRA / ours"]) - set(sides[mixed[1]]) == {"peft-dora@bf16-all"}
     assert {claim.contest for claim in CLAIMS} <= set(titles)
