@@ -13,13 +13,14 @@ from torch.autograd.function import once_differentiable
 from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype, positional, saved_tensors
 from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.lora_linear import lora_linears
-from peftlite.kernels.low_rank import LoRAArguments, first_columns, flatten, unflatten
+from peftlite.kernels.low_rank import LoRAArguments, Native, first_columns, flatten, unflatten
 from peftlite.kernels.row_norm import BaseSquare, accumulation_dtype
 from peftlite.kernels.summed_output import Summed, SummedOutput
 from peftlite.kernels.weight_decomposed import (
     DoRAArguments,
     DoRANeeds,
     dora_linear_reference,
+    native_passes,
     weight_decomposed_backward,
     weight_decomposed_forward,
 )
@@ -135,7 +136,8 @@ def dora_linears(
         ys = [_forward_op(rows, *layer, mask, keep, norm_grad, bool(keep_output))[0] for layer in layers]
     else:
         flat = flatten([(*layer, square) for layer, square in zip(layers, squares, strict=True)])
-        ys = list(_DoRA.apply(rows, mask, keep, norm_grad, keep_output, *flat)[: len(layers)])
+        runs = native_passes(rows, layers)
+        ys = list(_DoRA.apply(rows, mask, keep, runs, norm_grad, keep_output, *flat)[: len(layers)])
     return [y.view(*x.shape[:-1], layer.weight.shape[0]) for y, layer in zip(ys, layers, strict=True)]
 
 
@@ -145,22 +147,28 @@ class _DoRA(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, mask: Tensor | None, keep: float, norm_grad: bool, keep_output: bool | SummedOutput, *flat: Any
+        x: Tensor,
+        mask: Tensor | None,
+        keep: float,
+        runs: Native,
+        norm_grad: bool,
+        keep_output: bool | SummedOutput,
+        *flat: Any,
     ) -> tuple[Tensor, ...]:
         count = len(flat) // 7
         layers = [DoRAArguments(*layer) for layer in unflatten(flat[: 6 * count], 6)]
-        ys, h, norms = weight_decomposed_forward(x, layers, mask, keep, flat[6 * count :])
+        ys, h, norms = weight_decomposed_forward(x, layers, mask, keep, runs, flat[6 * count :])
         return *ys, h, *norms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mask, ctx.keep, ctx.norm_grad, keep_output, *flat = inputs
+        x, mask, ctx.keep, ctx.runs, ctx.norm_grad, keep_output, *flat = inputs
         count = len(flat) // 7
         ys, h, norms = output[:count], output[count], output[count + 1 :]
         ctx.mark_non_differentiable(h, *norms)
         ctx.set_materialize_grads(False)
         ctx.scales = flat[5 * count : 6 * count]
-        need = [needs[2:5] for needs in unflatten(ctx.needs_input_grad[5 : 5 + 6 * count], 6)]
+        need = [needs[2:5] for needs in unflatten(ctx.needs_input_grad[6 : 6 + 6 * count], 6)]
         need_y = [m or (ctx.norm_grad and (a or b)) for a, b, m in need]
         need_x = any(need_y) or any(a for a, _, _ in need)
         offered = isinstance(keep_output, SummedOutput) and count == 1 and need_y[0] and keep_output.accept()
@@ -180,7 +188,7 @@ class _DoRA(torch.autograd.Function):
         layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
         hs = first_columns(layers)
         need_x = ctx.needs_input_grad[0]
-        needs = unflatten(ctx.needs_input_grad[5 : 5 + 6 * count], 6)
+        needs = unflatten(ctx.needs_input_grad[6 : 6 + 6 * count], 6)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
         grads: list[list[Tensor | None]] = [[None] * 7 for _ in layers]
         dx = None
@@ -195,6 +203,7 @@ class _DoRA(torch.autograd.Function):
                 [norms[k] for k in used],
                 mask,
                 ctx.keep,
+                ctx.runs,
                 ctx.norm_grad,
                 need_x,
                 [DoRANeeds(*needs[k][2:5]) for k in used],
@@ -204,7 +213,7 @@ class _DoRA(torch.autograd.Function):
                 if needs[k][1]:
                     grads[k][1] = dy.sum(0).to(bias.dtype)  # type: ignore[union-attr]
                 grads[k][2:5] = adapter
-        return dx, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
+        return dx, None, None, None, None, None, *flatten(grads)  # type: ignore[arg-type]
 
 
 def _single_forward(
@@ -221,7 +230,7 @@ def _single_forward(
     keep_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
-    (y,), h, (norm,) = weight_decomposed_forward(x, [layer], mask, keep, [None])
+    (y,), h, (norm,) = weight_decomposed_forward(x, [layer], mask, keep, native_passes(x, [layer]), [None])
     return y, h, norm
 
 
@@ -245,7 +254,8 @@ def _single_backward(
     layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
     need_x, *need = needs
     dx, (adapter,) = weight_decomposed_backward(
-        [dy], x, [layer], [y], h, [0], [norm], mask, keep, norm_grad, need_x, [DoRANeeds(*need)]
+        *([dy], x, [layer], [y], h, [0], [norm], mask, keep, native_passes(h, [layer])),
+        *(norm_grad, need_x, [DoRANeeds(*need)]),
     )
     return [gradient for gradient in (dx, *adapter) if gradient is not None]
 

@@ -15,12 +15,14 @@ from peftlite.kernels.dispatch import check_linear_shapes, choose, compute_dtype
 from peftlite.kernels.dropout import draw_keep_mask, kept
 from peftlite.kernels.low_rank import (
     LoRAArguments,
+    Native,
     Needs,
     OutputGradient,
     first_columns,
     flatten,
     low_rank_backward,
     low_rank_forward,
+    native_products,
     unflatten,
 )
 
@@ -100,7 +102,7 @@ def lora_linears(x: Tensor, layers: Sequence[LoRAArguments], *, dropout: float =
     if torch.compiler.is_compiling():
         ys = [_forward_op(rows, *layer, mask, keep)[0] for layer in layers]
     else:
-        ys = list(_LoRA.apply(rows, mask, keep, *flatten(layers))[: len(layers)])
+        ys = list(_LoRA.apply(rows, mask, keep, native_products(rows, layers), *flatten(layers))[: len(layers)])
     return [y.view(*x.shape[:-1], layer.weight.shape[0]) for y, layer in zip(ys, layers, strict=True)]
 
 
@@ -126,13 +128,13 @@ class _LoRA(torch.autograd.Function):
 
     @staticmethod
     @positional
-    def forward(x: Tensor, mask: Tensor | None, keep: float, *flat: Any) -> tuple[Tensor, ...]:
-        ys, h = low_rank_forward(x, [LoRAArguments(*layer) for layer in unflatten(flat, 5)], mask, keep)
+    def forward(x: Tensor, mask: Tensor | None, keep: float, runs: Native, *flat: Any) -> tuple[Tensor, ...]:
+        ys, h = low_rank_forward(x, [LoRAArguments(*layer) for layer in unflatten(flat, 5)], mask, keep, runs)
         return *ys, h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mask, ctx.keep, *flat = inputs
+        x, mask, ctx.keep, ctx.runs, *flat = inputs
         *ys, h = output
         count = len(ys)
         weights, biases = flat[:count], flat[count : 2 * count]
@@ -140,7 +142,7 @@ class _LoRA(torch.autograd.Function):
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        need_a = any(ctx.needs_input_grad[3 + 2 * count : 3 + 3 * count])
+        need_a = any(ctx.needs_input_grad[4 + 2 * count : 4 + 3 * count])
         ctx.save_for_backward(x if need_a else None, mask, h, *weights, *factors)
 
     @staticmethod
@@ -148,7 +150,7 @@ class _LoRA(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mask, h, *saved = saved_tensors("lora_linear", ctx)
         count = len(ctx.scales)
-        need_x, _, _, *need = ctx.needs_input_grad
+        need_x, _, _, _, *need = ctx.needs_input_grad
         layers = [LoRAArguments(w, None, a, b, s) for (w, a, b), s in zip(unflatten(saved, 3), ctx.scales, strict=True)]
         hs = first_columns(layers)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
@@ -163,6 +165,7 @@ class _LoRA(torch.autograd.Function):
                 [hs[k] for k in used],
                 mask,
                 ctx.keep,
+                ctx.runs,
                 need_x,
                 [Needs(need[2 * count + k], need[3 * count + k]) for k in used],
             )
@@ -172,7 +175,7 @@ class _LoRA(torch.autograd.Function):
                 if need[count + k]:
                     grads[count + k] = dy.sum(0).to(ctx.bias_dtypes[k])
                 grads[2 * count + k], grads[3 * count + k] = da, db
-        return dx, None, None, *grads
+        return dx, None, None, None, *grads
 
 
 def _single_forward(
@@ -185,7 +188,8 @@ def _single_forward(
     mask: Tensor | None,
     keep: float,
 ) -> tuple[Tensor, Tensor]:
-    (y,), h = low_rank_forward(x, [LoRAArguments(weight, bias, lora_a, lora_b, scale)], mask, keep)
+    layers = [LoRAArguments(weight, bias, lora_a, lora_b, scale)]
+    (y,), h = low_rank_forward(x, layers, mask, keep, native_products(x, layers))
     return y, h
 
 
@@ -203,7 +207,8 @@ def _single_backward(
 ) -> list[Tensor]:
     layer = LoRAArguments(weight, None, lora_a, lora_b, scale)
     need_x, *need = needs
-    dx, ((da, db),) = low_rank_backward(lambda *_: OutputGradient(dy), x, [layer], h, [0], mask, keep, need_x, [Needs(*need)])
+    dropout = (mask, keep, native_products(h, [layer]))
+    dx, ((da, db),) = low_rank_backward(lambda *_: OutputGradient(dy), x, [layer], h, [0], *dropout, need_x, [Needs(*need)])
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 

@@ -50,27 +50,27 @@ class OutputGradient(NamedTuple):
 
 
 class Native(NamedTuple):
-    """Which products of a pass run in C."""
+    """What runs in C of the passes over x and dy."""
 
-    shrinks: bool  # those with the factors
-    multiplies: bool  # those with W, if the others do
+    shrinks: bool  # products with the factors
+    multiplies: bool  # products with W, where the others do
+    adapts: bool = False  # DoRA's norm, and what its gain needs of y and dy
 
 
 def low_rank_forward(
-    x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None, keep: float
+    x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None, keep: float, runs: Native
 ) -> tuple[list[Tensor], Tensor]:
     """``y (M, out)`` of each layer and ``h (M, Σ r)`` for x ``(M, in)``; no other M x out tensor is made.
 
     ``h = (x ⊙ mask) Aᵀ``, side by side: the ``1 / keep`` of dropout joins the scale, which spares passes over x. `mask` is
-    that of `draw_keep_mask`.
+    that of `draw_keep_mask`, `runs` that of `native_products`.
     """
     with without_autocast(x.device):
         ys = []
-        shrinks, multiplies = native_products(x, layers)
-        if shrinks:
+        if runs.shrinks:
             h = x.new_empty(len(x), sum(layer.lora_a.shape[0] for layer in layers))
             for layer, start in zip(layers, first_columns(layers), strict=True):
-                y, unfinished = begun_output(x, layer, multiplies)
+                y, unfinished = begun_output(x, layer, runs)
                 base = (readable(layer.weight, x.dtype), readable(layer.bias, x.dtype)) if unfinished else ()
                 low_rank = (mask, layer.lora_a, layer.lora_b, layer.scale / keep)
                 native.adapt_output(y, x, h, start, *low_rank, True, unfinished, *base)
@@ -91,12 +91,12 @@ def base_output(x: Tensor, layer: LoRAArguments) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
-def begun_output(x: Tensor, layer: LoRAArguments, multiplies: bool) -> tuple[Tensor, bool]:
+def begun_output(x: Tensor, layer: LoRAArguments, runs: Native) -> tuple[Tensor, bool]:
     """``x Wᵀ + b``, or memory for it and that it is still to be multiplied in C.
 
     Where B is zero ATen multiplies, so that a layer at birth has the very bits of its base.
     """
-    if multiplies and not native.is_zero(layer.lora_b):
+    if runs.multiplies and not native.is_zero(layer.lora_b):
         return x.new_empty(x.shape[0], layer.weight.shape[0]), True
     return base_output(x, layer), False
 
@@ -115,7 +115,7 @@ def shrunk_input(x: Tensor, layers: Sequence[LoRAArguments], mask: Tensor | None
 
 
 def native_products(rows: Tensor, layers: Sequence[LoRAArguments]) -> Native:
-    """Which products of tensors with the dtype and the rows of `rows` (x, dy, h) run in C."""
+    """Which products of `rows` (x), and of gradients in its dtype, with W and the factors run in C."""
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
     shrinks = native_library.shrink_pays(rows, sum(layer.lora_a.shape[0] for layer in layers), *factors)
     return Native(shrinks, shrinks and native_library.multiply_pays(rows, [layer.weight for layer in layers]))
@@ -136,6 +136,7 @@ def low_rank_backward(
     hs: Sequence[int],
     mask: Tensor | None,
     keep: float,
+    runs: Native,
     need_x: bool,
     needs: Sequence[Needs],
     updated: Sequence[Callable[[], Tensor]] | None = None,
@@ -151,15 +152,15 @@ def low_rank_backward(
         hs: the first column in h of each layer.
         mask: as in the forward pass.
         keep: as in the forward pass.
+        runs: as in the forward pass.
         need_x: whether the gradient of x is asked for.
         needs: which others are.
         updated: form the ``W + s B A`` of each layer; without them that is done where it is cheaper than the low-rank branch.
     """
     dtype = h.dtype
     with without_autocast(h.device):
-        shrinks, multiplies = native_products(h, layers)
         outs = sum(layer.weight.shape[0] for layer in layers)
-        if need_x and updated is None and mask is None and not shrinks and update_pays(h, outs):
+        if need_x and updated is None and mask is None and not runs.shrinks and update_pays(h, outs):
             updated = [functools.partial(updated_weight, layer, dtype) for layer in layers]
         dx: Tensor | None = None
         u: Tensor | None = None  # s dy B / keep, side by side
@@ -171,9 +172,9 @@ def low_rank_backward(
             dy, db, has_u, magnitude, norm = output_gradient(k, u, start)
             need_b, unwritten = need.lora_b and db is None, None if has_u else u
             if need_b or unwritten is not None:
-                found = _output_gradients(dy, layer, keep, h, hs[k], unwritten, start, need_b, shrinks)
+                found = _output_gradients(dy, layer, keep, h, hs[k], unwritten, start, need_b, runs.shrinks)
                 db = found if need_b else db
-            if need_x and multiplies:
+            if need_x and runs.multiplies:
                 terms.append((dy.contiguous(), readable(layer.weight, dtype), magnitude, norm))
             elif need_x:
                 weight = layer.weight.to(dtype) if updated is None else updated[k]()
@@ -186,7 +187,7 @@ def low_rank_backward(
         if u is not None:
             read = x if any(need.lora_a for need in needs) else None
             to_add = dx if updated is None else None
-            da = _input_gradients(to_add, read, mask, u, [layer.lora_a for layer in layers], shrinks, terms)
+            da = _input_gradients(to_add, read, mask, u, [layer.lora_a for layer in layers], runs.shrinks, terms)
             das = das if da is None else by_rank(da, layers, 0)
         pairs = zip(das, dbs, layers, needs, strict=True)
         return dx, [

@@ -65,12 +65,12 @@ def _shrink_pays(found: ctypes.CDLL | None, dtype: torch.dtype) -> int:
 
 def reads(*tensors: Tensor) -> bool:
     """Whether the passes run over the memory of `tensors`."""
-    return library() is not None and all(_is_plain(tensor) and tensor.is_contiguous() for tensor in tensors)
+    return _are_plain(tensors) and all(map(Tensor.is_contiguous, tensors)) and library() is not None
 
 
 def serves(rank: int, *factors: Tensor) -> bool:
     """Whether the passes take `factors` of this `rank`, or magnitudes; of strided ones they are given copies."""
-    return rank <= MAX_RANK and library() is not None and all(map(_is_plain, factors))
+    return rank <= MAX_RANK and _are_plain(factors) and library() is not None
 
 
 def shrink_pays(rows: Tensor, rank: int, *factors: Tensor) -> bool:
@@ -94,9 +94,14 @@ def multiply_pays(rows: Tensor, weights: Iterable[Tensor]) -> bool:
     return not any(weight.shape[0] % 2 or weight.shape[1] % 2 for weight in weights)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, Parameter) or isinstance(tensor, FakeTensor)  # a packed weight is no memory to read
-    return plain and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+def _are_plain(tensors: Iterable[Tensor]) -> bool:
+    for tensor in tensors:
+        kind = type(tensor)
+        if not (kind is Tensor or kind is Parameter or isinstance(tensor, FakeTensor)):
+            return False  # a packed weight is no memory to read
+        if tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+            return False
+    return True
 
 
 def call(name: str, *arguments: Any) -> int:

@@ -17,6 +17,7 @@ from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.lora_linear import lora_linear_reference
 from peftlite.kernels.low_rank import (
     LoRAArguments,
+    Native,
     Needs,
     OutputGradient,
     begun_output,
@@ -88,19 +89,20 @@ def weight_decomposed_forward(
     layers: Sequence[DoRAArguments],
     mask: Tensor | None,
     keep: float,
+    runs: Native,
     base_squares: Sequence[BaseSquare | None],
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """``y (M, out)`` of each layer, ``h = x̃ Aᵀ (M, Σ r)`` and the norms ``n (out,)``; no other M x out tensor is made."""
     with without_autocast(x.device):
-        if all(_is_native(x, layer) for layer in layers):
-            return _native_forward(x, layers, mask, keep)
+        if runs.adapts:
+            return _native_forward(x, layers, mask, keep, runs)
         if _can_be_formed(x, layers, mask) and all(
             layer.weight.numel() <= IN_CACHE or update_pays(x, x.shape[1]) for layer in layers
         ):
             h = shrunk_input(x, [layer.low_rank for layer in layers], mask)
             formed = [_formed(x, layer) for layer in layers]
             return [y for y, _ in formed], h, [norm for _, norm in formed]
-        ys, h = low_rank_forward(x, [layer.low_rank for layer in layers], mask, keep)
+        ys, h = low_rank_forward(x, [layer.low_rank for layer in layers], mask, keep, runs)
         hs = by_rank(h, layers, 1)
         norms = []
         for layer, y, part, base_square in zip(layers, ys, hs, base_squares, strict=True):
@@ -127,6 +129,7 @@ def weight_decomposed_backward(
     norms: Sequence[Tensor],
     mask: Tensor | None,
     keep: float,
+    runs: Native,
     norm_grad: bool,
     need_x: bool,
     needs: Sequence[DoRANeeds],
@@ -134,14 +137,13 @@ def weight_decomposed_backward(
     """The gradient of x, and of each layer's lora_a, lora_b and magnitude, for the gradients ``dy (M, out)``.
 
     x and y are read for the gradient of the magnitude, and with `norm_grad` for those of the factors; x for that of lora_a. A
-    y that is None is formed anew, up to gain and bias. Columns ``hs[k]`` .. of `h` are those of layer k.
+    y that is None is formed anew, up to gain and bias. Columns ``hs[k]`` .. of `h` are those of layer k. `runs` is what
+    `native_passes` says.
     """
     with without_autocast(dys[0].device):
-        natively = all(_is_native(dys[0], layer) for layer in layers)
-        formed = need_x and not natively and _can_be_formed(dys[0], layers, mask)
+        formed = need_x and not runs.adapts and _can_be_formed(dys[0], layers, mask)
         formed = formed and all(_forming_pays(len(dys[0]), layer) for layer in layers)
         inside, updated = [layer.low_rank for layer in layers], None
-        shrinks, multiplies = native_products(h, inside)
         dms: list[Tensor | None] = [None] * len(layers)
 
         @functools.cache
@@ -159,14 +161,15 @@ def weight_decomposed_backward(
                 inner_grad, total = scale_columns_backward(dy, inner, gain(k), None, scaled=not formed)
                 dms[k] = total / norms[k]
                 return OutputGradient(inner_grad)
-            if natively and is_readable(y, dy.dtype):
-                db = dy.new_empty(layer.lora_b.shape, dtype=torch.float32) if shrinks and need.lora_b else None
-                low_rank = (layer.lora_b, layer.scale / keep, h, hs[k], u if shrinks else None, start, db)
+            if runs.adapts and is_readable(y, dy.dtype):
+                db = dy.new_empty(layer.lora_b.shape, dtype=torch.float32) if runs.shrinks and need.lora_b else None
+                low_rank = (layer.lora_b, layer.scale / keep, h, hs[k], u if runs.shrinks else None, start, db)
+                scaled = not runs.shrinks or (need_x and not runs.multiplies)
                 inner_grad, dm, lost = native_magnitude_gradient(
-                    dy, y, layer.bias, layer.magnitude, norms[k], *low_rank, scaled=not shrinks or (need_x and not multiplies)
+                    dy, y, layer.bias, layer.magnitude, norms[k], *low_rank, scaled=scaled
                 )
-                has_u = shrinks
-                lacks = (layer.magnitude, norms[k]) if multiplies else ()
+                has_u = runs.shrinks
+                lacks = (layer.magnitude, norms[k]) if runs.multiplies else ()
             else:
                 inner_grad, dm, lost = magnitude_gradient(dy, y, layer.bias, layer.magnitude, gain(k), scaled=not formed)
                 db, has_u, lacks = None, False, ()
@@ -180,7 +183,7 @@ def weight_decomposed_backward(
         if formed:  # the gain goes to B and to W + s B A, and not to dy
             updated = [functools.partial(_gained, layer, gain(k)) for k, layer in enumerate(layers)]
             inside = [of._replace(lora_b=gain(k)[:, None] * of.lora_b) for k, of in enumerate(inside)]
-        dx, pairs = low_rank_backward(inner_gradient, x, inside, h, hs, mask, keep, need_x, factors, updated)
+        dx, pairs = low_rank_backward(inner_gradient, x, inside, h, hs, mask, keep, runs, need_x, factors, updated)
         grads: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
         for k, ((da, db), total, layer, need) in enumerate(zip(pairs, dms, layers, needs, strict=True)):
             if formed and db is not None:
@@ -196,20 +199,19 @@ def weight_decomposed_backward(
 
 
 def _native_forward(
-    x: Tensor, layers: Sequence[DoRAArguments], mask: Tensor | None, keep: float
+    x: Tensor, layers: Sequence[DoRAArguments], mask: Tensor | None, keep: float, runs: Native
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """`weight_decomposed_forward` with one native pass over W, and one behind each product or in it."""
     inside = [layer.low_rank for layer in layers]
-    shrinks, multiplies = native_products(x, inside)
-    h = x.new_empty(len(x), sum(len(a) for _, _, a, *_ in layers)) if shrinks else shrunk_input(x, inside, mask)
+    h = x.new_empty(len(x), sum(len(a) for _, _, a, *_ in layers)) if runs.shrinks else shrunk_input(x, inside, mask)
     ys, norms = [], []
     for layer, of, start in zip(layers, inside, first_columns(inside), strict=True):
         weight, bias, lora_a, lora_b, magnitude, scale = layer
-        y, unfinished = begun_output(x, of, multiplies)
+        y, unfinished = begun_output(x, of, runs)
         reads = native_library.reads(weight)  # not where it is packed
         norm = y.new_empty(len(weight), dtype=torch.float32) if reads else row_norm(weight, lora_a, lora_b, scale)
         large = native.adapt_output(
-            *(y, x, h, start, mask, lora_a, lora_b, scale / keep, shrinks, unfinished),
+            *(y, x, h, start, mask, lora_a, lora_b, scale / keep, runs.shrinks, unfinished),
             *(readable(weight, x.dtype) if reads or unfinished else None, bias, magnitude, norm, LARGE_GAIN),
             scale if reads else None,
         )
@@ -238,8 +240,13 @@ def _forming_pays(rows: int, layer: DoRAArguments) -> bool:
     return rows * (3 * out + 2 * features) >= 4 * out * features
 
 
-def _is_native(rows: Tensor, layer: DoRAArguments) -> bool:
-    """Whether the norm of W and passes over tensors with the dtype of `rows` (x, dy) run in C."""
+def native_passes(rows: Tensor, layers: Sequence[DoRAArguments]) -> Native:
+    """What runs in C of the passes over `rows` (x), and over gradients in its dtype."""
+    products = native_products(rows, [layer.low_rank for layer in layers])
+    return products._replace(adapts=all(_adapts(rows, layer) for layer in layers))
+
+
+def _adapts(rows: Tensor, layer: DoRAArguments) -> bool:
     weight, bias, lora_a, lora_b, magnitude, _ = layer
     if rows.dtype not in native_library.DTYPES or weight.dtype == torch.float64 or not weight.is_contiguous():
         return False
