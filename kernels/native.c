@@ -76,7 +76,9 @@ typedef struct {
     const uint8_t *mask;
     const float *const *factors;
     const int64_t *ranks;
-    const float *gain, *bias;
+    const Normed *normed; /* what measures the rows of W for the gain, unless it is there already */
+    const float *magnitude, *bias;
+    float *gain;
     int64_t rows, columns, rank, stride, parts;
     float scale;
     int count, transposed; /* as many terms as factors, of `rank` in all */
@@ -96,6 +98,8 @@ typedef struct {
 } Drawn;
 
 typedef void Range(const void *pass, int64_t first, int64_t last);
+
+static Range measured;
 
 INLINE float widened(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;
@@ -307,6 +311,21 @@ static int expand(Expanded pass, const float *const *factors, const int64_t *ran
     return 0;
 }
 
+/* ``n = max(n, EPS)`` and ``g = m / n``. */
+static void divide(float *gain, const float *magnitude, float *norm, int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
+        if (norm[j] < EPS) norm[j] = EPS;
+        gain[j] = magnitude[j] / norm[j];
+    }
+}
+
+/* n and g of columns first .. of a product. */
+static void measured(const void *pass, int64_t first, int64_t last) {
+    const Product *p = pass;
+    BEST(normed)(p->normed, first, last);
+    divide(p->gain, p->magnitude, p->normed->norm, first, last);
+}
+
 /* Several runs of rows for each thread, so that all end at about the same time. -1 without memory. */
 static int multiply(Product pass, int threads) {
     const int64_t panels = (pass.columns + WIDE - 1) / WIDE;
@@ -315,6 +334,10 @@ static int multiply(Product pass, int threads) {
     pass.parts = (4 * threads + panels - 1) / panels;
     if (pass.parts > pass.rows / 96) pass.parts = pass.rows / 96;
     if (pass.parts < 1) pass.parts = 1;
+    if (pass.normed && (pass.parts > 1 || !pass.rows)) { /* once for all parts */
+        share(measured, &pass, pass.columns, 4, pass.columns * pass.normed->in, threads);
+        pass.normed = NULL;
+    }
     const int64_t parts = pass.rows ? panels * pass.parts : 0;
     if (2 * pairs * pass.columns < PARALLEL) threads = 1;
     if (parts < threads) threads = (int)parts;
@@ -344,12 +367,18 @@ int peftlite_is_zero(const float *values, int64_t count, int threads) {
     return 1;
 }
 
+/* A packed for `normed`. NULL without memory. */
+static float *packed_for_norm(const float *a, int64_t in, int64_t rank) {
+    float *const tiles = tiles_for(in, rank);
+    if (tiles) pack(tiles, rank, 0, a, 1, NULL, in, rank, 0);
+    return tiles;
+}
+
 /* ``n = ‖W + s B A‖_row``. */
 int peftlite_row_norm(const void *weight, int bf16, const float *a, const float *b, float scale, int64_t out, int64_t in,
                       int64_t rank, float *norm, int threads) {
-    float *const tiles = tiles_for(in, rank);
+    float *const tiles = packed_for_norm(a, in, rank);
     if (!tiles) return -1;
-    pack(tiles, rank, 0, a, 1, NULL, in, rank, 0);
     const Normed pass = {weight, tiles, b, norm, in, rank, scale, bf16};
     share(BEST(normed), &pass, out, 4, out * in, threads);
     free(tiles);
@@ -366,33 +395,30 @@ int peftlite_adapt_output(void *y, const void *x, void *h, int bf16, const uint8
                           int threads) {
     const int adapts = magnitude != NULL;
     float *const memory = malloc((2 * out + 1) * sizeof(float)), *const gain = memory, *const shift = memory + out;
-    int large = 0;
+    float *const tiles = measures ? packed_for_norm(a, in, rank) : NULL;
+    int result = -1;
     h = (void *)element(h, start, bf16);
     const Shrunk inner = {x, mask, NULL, h, in, rank, stride, bf16};
-    if (!memory || (shrinks && shrink(inner, a, 1, NULL, 0, rows, threads)) ||
-        (measures && peftlite_row_norm(weight, bf16_weight, a, b, norm_scale, out, in, rank, norm, threads))) {
-        free(memory);
-        return -1;
-    }
-    for (int64_t j = 0; adapts && j < out; ++j) {
-        if (norm[j] < EPS) norm[j] = EPS;
-        gain[j] = magnitude[j] / norm[j];
-        large |= !multiplies && !(fabsf(gain[j]) <= limit);
-    }
+    const Normed normed = {weight, tiles, b, norm, in, rank, norm_scale, bf16_weight};
+    const Term term = {x, weight, NULL, NULL, in, bf16_weight};
+    const Product whole = {.terms = &term, .y = y, .h = h, .factors = &b, .ranks = &rank, .normed = measures ? &normed : NULL,
+                           .magnitude = magnitude, .bias = bias ? shift : NULL, .gain = adapts ? gain : NULL, .rows = rows,
+                           .columns = out, .rank = rank, .stride = stride, .scale = scale, .count = 1, .transposed = 1};
+    if (!memory || (measures && !tiles) || (shrinks && shrink(inner, a, 1, NULL, 0, rows, threads))) goto end;
     if (bias) widen(shift, bias, bf16_bias, out);
-    const float *const used_gain = adapts ? gain : NULL;
+    if (measures && !multiplies) share(measured, &whole, out, 4, out * in, threads);
+    if (adapts && !measures) divide(gain, magnitude, norm, 0, out);
     if (multiplies) {
-        const Term term = {x, weight, NULL, NULL, in, bf16_weight};
-        const Product whole = {.terms = &term, .y = y, .h = h, .factors = &b, .ranks = &rank, .gain = used_gain,
-                               .bias = bias ? shift : NULL, .rows = rows, .columns = out, .rank = rank, .stride = stride,
-                               .scale = scale, .count = 1, .transposed = 1};
-        large = multiply(whole, threads);
+        result = multiply(whole, threads);
     } else {
-        const Expanded outer = {y, h, NULL, NULL, used_gain, adapts && bias ? shift : NULL, out, rank, stride, bf16};
-        if (expand(outer, &b, &rank, 1, scale, 1, rows, threads)) large = -1;
+        const Expanded outer = {y, h, NULL, NULL, whole.gain, adapts ? whole.bias : NULL, out, rank, stride, bf16};
+        result = expand(outer, &b, &rank, 1, scale, 1, rows, threads);
+        for (int64_t j = 0; adapts && !result && j < out; ++j) result = !(fabsf(gain[j]) <= limit);
     }
+end:
     free(memory);
-    return large;
+    free(tiles);
+    return result;
 }
 
 /* Before the product with W, from dy: ``u = s D B`` and ``db = s Dᵀ h`` where they have an address, ``D = dy``. With a magnitude

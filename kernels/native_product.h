@@ -175,6 +175,7 @@ static void product(const Product *p, uint32_t *panel, int64_t first, int64_t la
     for (int64_t at = first; at < last; ++at) {
         const int64_t start = at / p->parts * WIDE, part = at % p->parts;
         const int64_t end = tiles * (part + 1) / p->parts * TALL, stop = end < p->rows ? end : p->rows;
+        if (p->normed) measured(p, start, start + WIDE < p->columns ? start + WIDE : p->columns); /* then they are in cache */
         if (at == first || !part) pack_panel(panel, p, start);
         int64_t i = tiles * part / p->parts * TALL;
         for (; i + TALL <= stop; i += TALL) product_tall(p, panel, i, start);

@@ -113,20 +113,21 @@ def test_input_gradients(rows, inner, ranks, masked, with_da, data):
 def test_neither_threads_nor_other_rows_change_a_bit():
     x, w, a, b, dy = (draw(*shape) for shape in ((260, 258), (300, 258), (3, 258), (300, 3), (260, 300)))
     x, w, dy, h = x.to(HALF), w.to(HALF), dy.to(HALF), draw(260, 3, dtype=HALF)
-    mask = draw_mask(260, 258)[0]
+    mask, magnitude = draw_mask(260, 258)[0], draw(300)
 
     def both(rows):
-        y, dx = x.new_empty(rows, 300), x.new_empty(rows, 258)
-        native.adapt_output(y, x[:rows], h[:rows].clone(), 0, mask, a, b, 0.5, True, True, w)
+        y, dx, norm = x.new_empty(rows, 300), x.new_empty(rows, 258), magnitude.new_empty(300)
+        gained = (None, magnitude, norm, 2.0, 0.5)
+        native.adapt_output(y, x[:rows], h[:rows].clone(), 0, mask, a, b, 0.5, True, True, w, *gained)
         native.input_gradients(dx, None, mask, h[:rows], [a], None, [dy[:rows]], [w], [None], [None])
-        return y, dx
+        return y, dx, norm
 
     torch.set_num_threads(1)
     alone = both(260)
     for threads, rows in ((2, 260), (3, 260), (7, 260), (3, 5), (2, 199)):
         torch.set_num_threads(threads)
         for one, other in zip(alone, both(rows), strict=True):
-            assert torch.equal(one[:rows], other)
+            assert torch.equal(one[: len(other)], other)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
