@@ -253,10 +253,8 @@ def _single_backward(
 ) -> list[Tensor]:
     layer = DoRAArguments(weight, bias, lora_a, lora_b, magnitude, scale)
     need_x, *need = needs
-    dx, (adapter,) = weight_decomposed_backward(
-        *([dy], x, [layer], [y], h, [0], [norm], mask, keep, native_passes(h, [layer])),
-        *(norm_grad, need_x, [DoRANeeds(*need)]),
-    )
+    of_forward = (x, [layer], [y], h, [0], [norm], mask, keep, native_passes(h, [layer]))
+    dx, (adapter,) = weight_decomposed_backward([dy], *of_forward, norm_grad, need_x, [DoRANeeds(*need)])
     return [gradient for gradient in (dx, *adapter) if gradient is not None]
 
 

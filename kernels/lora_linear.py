@@ -207,8 +207,8 @@ def _single_backward(
 ) -> list[Tensor]:
     layer = LoRAArguments(weight, None, lora_a, lora_b, scale)
     need_x, *need = needs
-    dropout = (mask, keep, native_products(h, [layer]))
-    dx, ((da, db),) = low_rank_backward(lambda *_: OutputGradient(dy), x, [layer], h, [0], *dropout, need_x, [Needs(*need)])
+    of_forward = (x, [layer], h, [0], mask, keep, native_products(h, [layer]))
+    dx, ((da, db),) = low_rank_backward(lambda *_: OutputGradient(dy), *of_forward, need_x, [Needs(*need)])
     return [gradient for gradient in (dx, da, db) if gradient is not None]
 
 

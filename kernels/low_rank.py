@@ -16,6 +16,7 @@ from peftlite.kernels import native, native_library
 from peftlite.kernels.dispatch import without_autocast
 from peftlite.kernels.dropout import add_dropped, drop
 
+Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # of a gradient of x: a layer's dy, W, and m and n or None
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 UPDATE_PAYS = 2  # rows for each feature that W is read along: from here on W + s B A is cheaper than the low-rank branch
 
@@ -167,7 +168,7 @@ def low_rank_backward(
         if (need_x and updated is None) or any(need.lora_a for need in needs):
             u = h.new_empty(len(h), sum(layer.lora_a.shape[0] for layer in layers))
         dbs: list[Tensor | None] = []
-        terms: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []  # of a dx that is multiplied in C
+        terms: list[Term] = []  # where dx is multiplied in C
         for k, (layer, need, start) in enumerate(zip(layers, needs, first_columns(layers), strict=True)):
             dy, db, has_u, magnitude, norm = output_gradient(k, u, start)
             need_b, unwritten = need.lora_b and db is None, None if has_u else u
@@ -232,12 +233,9 @@ def _input_gradients(
     u: Tensor,
     lora_as: Sequence[Tensor],
     natively: bool,
-    terms: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]],
+    terms: Sequence[Term],
 ) -> Tensor | None:
-    """Add ``(u A) ⊙ mask`` to dx, unless it is None; ``uᵀ (x ⊙ mask) (Σ r, in)`` unless x is None.
-
-    With `terms`, the dy, W, m and n of each layer, dx is computed as a whole.
-    """
+    """Add ``(u A) ⊙ mask`` to dx if there is one, or with `terms` compute it; ``uᵀ (x ⊙ mask) (Σ r, in)`` unless x is None."""
     if natively:
         x = None if x is None else x.contiguous()
         da = None if x is None else u.new_empty(u.shape[1], x.shape[1], dtype=torch.float32)

@@ -387,12 +387,12 @@ int peftlite_row_norm(const void *weight, int bf16, const float *a, const float 
 
 /* Behind the product y = x Wᵀ + b, or with it where it `multiplies`; then y is bf16. ``h = (x mask) Aᵀ`` if it `shrinks`, else h is
    given; then ``y += s h Bᵀ``. With a magnitude y becomes ``g (y + s h Bᵀ) + (1 - g) b``, ``g = m / n``, and the result is 1 if a
-   |g| exceeds `limit` so that b has cost digits; ``n = max(‖W + s B A‖_row, EPS)`` is computed if it `measures`, else given. h is columns `start` .. of a matrix whose rows lie `stride` elements apart. */
+   |g| exceeds `limit` where b was inside y; ``n = max(‖W + s B A‖_row, EPS)`` is computed if it `measures`, else given. h is columns
+   `start` .. of a matrix whose rows lie `stride` elements apart. */
 int peftlite_adapt_output(void *y, const void *x, void *h, int bf16, const uint8_t *mask, const float *a, const float *b,
-                          float scale, int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t start,
-                          int64_t stride, int shrinks, int multiplies, const void *weight, int bf16_weight, const void *bias,
-                          int bf16_bias, const float *magnitude, float *norm, float limit, int measures, float norm_scale,
-                          int threads) {
+                          float scale, int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t start, int64_t stride,
+                          int shrinks, int multiplies, const void *weight, int bf16_weight, const void *bias, int bf16_bias,
+                          const float *magnitude, float *norm, float limit, int measures, float norm_scale, int threads) {
     const int adapts = magnitude != NULL;
     float *const memory = malloc((2 * out + 1) * sizeof(float)), *const gain = memory, *const shift = memory + out;
     float *const tiles = measures ? packed_for_norm(a, in, rank) : NULL;

@@ -247,6 +247,7 @@ def native_passes(rows: Tensor, layers: Sequence[DoRAArguments]) -> Native:
 
 
 def _adapts(rows: Tensor, layer: DoRAArguments) -> bool:
+    """Whether the norm of W and passes over tensors with the dtype of `rows` run in C."""
     weight, bias, lora_a, lora_b, magnitude, _ = layer
     if rows.dtype not in native_library.DTYPES or weight.dtype == torch.float64 or not weight.is_contiguous():
         return False

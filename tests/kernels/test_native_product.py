@@ -176,6 +176,18 @@ def test_at_birth_the_bits_are_those_of_the_base_layer(dora, formed_in_c):
     assert formed_in_c["adapt_output"]
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_transform_of_torch_func_sees_the_same(dora):
+    x, w, a, b, magnitude = draw(6, 64, dtype=HALF), draw(34, 64, dtype=HALF), draw(4, 64), draw(34, 4), 1 + draw(34).abs()
+
+    def loss(a):
+        y = dora_linear(x, w, None, a, b, magnitude, 0.5) if dora else lora_linear(x, w, None, a, b, 0.5)
+        return y.float().square().sum()
+
+    leaf = a.clone().requires_grad_()
+    assert torch.equal(torch.func.grad(loss)(a), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
 def test_weights_that_c_cannot_read_are_made_dense(formed_in_c):
     """Strided, or stored in another dtype: the bits are those of a dense copy."""
     weight, bias, a, b, dy = (draw(*size, dtype=HALF) for size in ((64, 98), (64,), (4, 98), (64, 4), (12, 64)))
