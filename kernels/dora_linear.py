@@ -136,8 +136,7 @@ def dora_linears(
         ys = [_forward_op(rows, *layer, mask, keep, norm_grad, bool(keep_output))[0] for layer in layers]
     else:
         flat = flatten([(*layer, square) for layer, square in zip(layers, squares, strict=True)])
-        runs = native_passes(rows, layers)
-        ys = list(_DoRA.apply(rows, mask, keep, runs, norm_grad, keep_output, *flat)[: len(layers)])
+        ys = list(_DoRA.apply(rows, mask, keep, native_passes(rows, layers), norm_grad, keep_output, *flat)[: len(layers)])
     return [y.view(*x.shape[:-1], layer.weight.shape[0]) for y, layer in zip(ys, layers, strict=True)]
 
 
@@ -147,13 +146,7 @@ class _DoRA(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor,
-        mask: Tensor | None,
-        keep: float,
-        runs: Native,
-        norm_grad: bool,
-        keep_output: bool | SummedOutput,
-        *flat: Any,
+        x: Tensor, mask: Tensor | None, keep: float, runs: Native, norm_grad: bool, keep_output: Any, *flat: Any
     ) -> tuple[Tensor, ...]:
         count = len(flat) // 7
         layers = [DoRAArguments(*layer) for layer in unflatten(flat[: 6 * count], 6)]
@@ -187,7 +180,6 @@ class _DoRA(torch.autograd.Function):
             ys[0] = ctx.offer.take()
         layers = [DoRAArguments(*layer) for layer in unflatten([*flat, *ctx.scales], 6)]
         hs = first_columns(layers)
-        need_x = ctx.needs_input_grad[0]
         needs = unflatten(ctx.needs_input_grad[6 : 6 + 6 * count], 6)
         used = [k for k in range(count) if dys[k] is not None]  # an output that the loss does not depend on has no gradient
         grads: list[list[Tensor | None]] = [[None] * 7 for _ in layers]
@@ -205,7 +197,7 @@ class _DoRA(torch.autograd.Function):
                 ctx.keep,
                 ctx.runs,
                 ctx.norm_grad,
-                need_x,
+                ctx.needs_input_grad[0],
                 [DoRANeeds(*needs[k][2:5]) for k in used],
             )
             for k, adapter in zip(used, adapters, strict=True):

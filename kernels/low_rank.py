@@ -182,8 +182,7 @@ def low_rank_backward(
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             dbs.append(None if db is None or not need.lora_b else db.to(layer.lora_b.dtype))
             del dy  # its memory may become that of the next
-        if terms:
-            dx = h.new_empty(len(h), layers[0].weight.shape[1])
+        dx = h.new_empty(len(h), layers[0].weight.shape[1]) if terms else dx
         das: Sequence[Tensor | None] = [None] * len(layers)
         if u is not None:
             read = x if any(need.lora_a for need in needs) else None

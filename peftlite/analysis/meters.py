@@ -83,28 +83,13 @@ def _updated_weight_flop(w_shape: Any, a_shape: Any, *args: Any, **kwargs: Any) 
     return 2 * w_shape.numel() * a_shape[0]
 
 
-def _adapt_output_flop(
-    y_shape: Any,
-    x_shape: Any,
-    h_shape: Any,
-    start: Any,
-    mask: Any,
-    a_shape: Any,
-    b_shape: Any,
-    scale: Any,
-    shrinks: bool = True,
-    multiplies: bool = False,
-    weight_shape: Any = None,
-    bias: Any = None,
-    magnitude: Any = None,
-    norm: Any = None,
-    limit: Any = None,
-    norm_scale: float | None = None,
-    **kwargs: Any,
-) -> int:
-    normed = 0 if norm_scale is None else weight_shape.numel()
-    low_rank = a_shape[0] * (y_shape.numel() + shrinks * x_shape.numel() + normed)
-    return 2 * (low_rank + (y_shape[0] * weight_shape.numel() if multiplies else 0))
+def _adapt_output_flop(y_shape: Any, x_shape: Any, *args: Any, **kwargs: Any) -> int:
+    _, _, _, a_shape, _, _, *given = args
+    defaults: list[Any] = [True, False, None, None, None, None, None, None]
+    shrinks, multiplies, weight_shape, *_, norm_scale = [*given, *defaults[len(given) :]]
+    low_rank = a_shape[0] * (y_shape.numel() + shrinks * x_shape.numel())
+    dense = y_shape[0] * multiplies + a_shape[0] * (norm_scale is not None)
+    return 2 * (low_rank + (dense * weight_shape.numel() if dense else 0))
 
 
 def _output_gradients_flop(dy_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
